@@ -1,0 +1,1 @@
+"""The riverdelta command, which wires the packages together."""

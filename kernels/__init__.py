@@ -1,0 +1,1 @@
+"""Batched multi-adapter LoRA and paged attention, for GPUs (Triton) and CPUs."""

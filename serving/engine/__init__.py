@@ -1,0 +1,1 @@
+"""The engine: scheduler, paged KV cache and adapters around a Hugging Face decoder."""

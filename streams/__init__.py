@@ -1,0 +1,1 @@
+"""Bytewax dataflows that turn events on Kafka into sealed segments."""

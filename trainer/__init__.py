@@ -1,0 +1,1 @@
+"""Increments: a parent version, a segment and a recipe make a candidate."""
