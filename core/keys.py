@@ -1,0 +1,52 @@
+"""The secret under which subjects and event ids are hashed, kept outside the data folder.
+
+Whoever holds only the data folder cannot test a guess at who is in it.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from .errors import Corrupt
+
+_FILE = "subjects.key"
+
+
+class SubjectKey:
+    """Keyed hashes (HMAC-SHA-256) of subjects and event ids."""
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) != 32:
+            raise Corrupt(f"The subject key has {len(secret)} bytes, not 32.", "Restore the key file from a backup.")
+        self._secret = secret
+
+    @classmethod
+    def open(cls, folder: Path) -> "SubjectKey":
+        """The key in `folder`, made on first use (mode 0600)."""
+        path = folder / _FILE
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = folder / f".{_FILE}.{os.getpid()}.{secrets.token_hex(4)}"
+        if not path.exists():
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(secrets.token_bytes(32))
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(draft, path)  # whoever links first has made the key; the others read it
+            except FileExistsError:
+                pass
+            finally:
+                draft.unlink()
+        return cls(path.read_bytes())
+
+    def subject(self, name: str) -> str:
+        """A subject's keyed hash, 64 hex digits: the only form in which a subject is stored."""
+        return hmac.new(self._secret, b"subject\0" + name.encode(), hashlib.sha256).hexdigest()
+
+    def event(self, source: str, event_id: str) -> bytes:
+        """A producer's event id, 20 bytes: 12 of the id and 8 of the source."""
+        identity = hmac.new(self._secret, b"id\0" + event_id.encode(), hashlib.sha256).digest()[:12]
+        return identity + hmac.new(self._secret, b"source\0" + source.encode(), hashlib.sha256).digest()[:8]

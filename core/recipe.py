@@ -1,0 +1,92 @@
+"""Recipes: everything that shapes an adapter's training, as a small TOML file with a documented default."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from .digests import digest_of
+from .errors import BadInput, NotFound
+
+Positive = Annotated[int, Meta(gt=0)]
+
+
+class Lora(Struct, frozen=True, forbid_unknown_fields=True):
+    """The shape of the adapter. `targets` are module name suffixes, or `all-linear`."""
+
+    rank: Annotated[int, Meta(ge=1, le=256)] = 16
+    alpha: Annotated[float, Meta(gt=0)] = 32.0
+    rslora: bool = False
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
+    """AdamW (Loshchilov and Hutter 2019). `decay` scales the rate by 1 / (1 + decay * position), position in optimiser steps since
+    the adapter began, tombstone steps counted."""
+
+    learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
+    decay: Annotated[float, Meta(ge=0)] = 0.0
+    beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.99
+    epsilon: Annotated[float, Meta(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    clip: Annotated[float, Meta(ge=0)] = 1.0
+
+
+class Training(Struct, frozen=True, forbid_unknown_fields=True):
+    """`passes` over a segment, `micro_batch` consecutive indexes to a step, rows cut at `max_length` tokens."""
+
+    passes: Positive = 8
+    micro_batch: Positive = 8
+    max_length: Annotated[int, Meta(ge=8, le=8192)] = 512
+
+
+class Seal(Struct, frozen=True, forbid_unknown_fields=True):
+    """A segment is sealed at `count` entries, or when its oldest open entry is `age` seconds old."""
+
+    count: Annotated[int, Meta(ge=1, le=100_000)] = 64
+    age: Annotated[float, Meta(gt=0)] = 5.0
+
+
+class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
+    """A recipe. `seed` and the adapter's name together seed every draw."""
+
+    lora: Lora = Lora()
+    optimiser: Optimiser = Optimiser()
+    training: Training = Training()
+    seal: Seal = Seal()
+    seed: Annotated[int, Meta(ge=0)] = 0
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the recipe's canonical form."""
+        return digest_of(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in the ledger."""
+        held: dict[str, Any] = msgspec.to_builtins(self)
+        return held
+
+    @classmethod
+    def from_dict(cls, held: dict[str, Any]) -> "Recipe":
+        """A recipe from plain values; `BadInput` names what does not fit.
+
+        >>> Recipe.from_dict({"lora": {"rank": 8}}).lora.rank
+        8
+        """
+        try:
+            return msgspec.convert(held, cls)
+        except msgspec.ValidationError as error:
+            raise BadInput(f"The recipe does not fit: {error}.", "docs/recipes.md lists every field.") from error
+
+    @classmethod
+    def load(cls, path: Path) -> "Recipe":
+        """Read a TOML file."""
+        try:
+            return cls.from_dict(tomllib.loads(path.read_text()))
+        except FileNotFoundError as error:
+            raise NotFound(f"There is no recipe at {path}.", "docs/recipes.md shows one.") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise BadInput(f"{path} is not TOML: {error}.", "docs/recipes.md shows a recipe.") from error

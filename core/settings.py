@@ -1,0 +1,218 @@
+"""Every setting, in one place: a TOML file (`riverdelta.toml`) and environment variables (`RIVERDELTA_…`, nested by `__`).
+
+>>> Settings(data="/tmp/d").ledger_url
+'sqlite:////tmp/d/ledger.db'
+"""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from .errors import BadInput
+
+FILE = "riverdelta.toml"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Kafka(_Part):
+    """The one description of the cluster, mapped to both clients."""
+
+    bootstrap: str = Field("", description="host:port, comma separated; empty means the embedded broker")
+    security: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = ""
+    username: str = ""
+    password: str = Field("", repr=False)
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    key_password: str = Field("", repr=False)
+    check_hostname: bool = True
+
+    def for_kafka_python(self) -> dict[str, Any]:
+        """Keyword arguments of kafka-python's clients."""
+        given: dict[str, Any] = {
+            "bootstrap_servers": self.bootstrap.split(","),
+            "security_protocol": self.security,
+            "sasl_mechanism": self.sasl_mechanism,
+            "sasl_plain_username": self.username,
+            "sasl_plain_password": self.password,
+            "ssl_cafile": self.ca_file,
+            "ssl_certfile": self.cert_file,
+            "ssl_keyfile": self.key_file,
+            "ssl_password": self.key_password,
+        }
+        if "SSL" in self.security:
+            given["ssl_check_hostname"] = self.check_hostname
+        return {name: value for name, value in given.items() if value not in ("", None)}
+
+    def for_confluent(self) -> dict[str, Any]:
+        """Properties of librdkafka, as confluent-kafka takes them."""
+        given = {
+            "bootstrap.servers": self.bootstrap,
+            "security.protocol": self.security,
+            "sasl.mechanism": self.sasl_mechanism,
+            "sasl.username": self.username,
+            "sasl.password": self.password,
+            "ssl.ca.location": self.ca_file,
+            "ssl.certificate.location": self.cert_file,
+            "ssl.key.location": self.key_file,
+            "ssl.key.password": self.key_password,
+        }
+        if "SSL" in self.security and not self.check_hostname:
+            given["ssl.endpoint.identification.algorithm"] = "none"
+        return {name: value for name, value in given.items() if value}
+
+
+class Topics(_Part):
+    """Names and shape of the topics, created or verified at start."""
+
+    events: str = "riverdelta.events"
+    control: str = "riverdelta.control"
+    jobs: str = "riverdelta.jobs"
+    releases: str = "riverdelta.releases"
+    partitions: int = Field(4, ge=1)
+    replication: int = Field(1, ge=1)
+    retention_hours: float = Field(168.0, gt=0)
+
+    @property
+    def dead_letters(self) -> str:
+        """Where what is not an event goes, with the reason in its headers."""
+        return f"{self.events}.DLT"
+
+
+class Streams(_Part):
+    """The dataflow."""
+
+    unknown_adapters: Literal["create", "refuse"] = "refuse"
+    max_adapters: int = Field(10_000, ge=1, description="cap on adapters created by events")
+    dedupe_window: int = Field(10_000, ge=0, description="admitted events per adapter in which a producer's duplicate is recognised")
+    buckets: int = Field(64, ge=1, description="owners that adapters are spread over")
+    workers: int = Field(1, ge=1)
+    metrics_port: int = Field(0, ge=0)
+
+
+class Trainer(_Part):
+    """The trainer."""
+
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int = Field(0, ge=0, description="CPU threads; 0 means all cores. Part of the environment fingerprint")
+    poll_seconds: float = Field(0.5, gt=0, description="how often the ledger is read when no wake-up comes")
+    metrics_port: int = Field(0, ge=0)
+
+
+class Serving(_Part):
+    """The server."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_batch: int = Field(32, ge=1)
+    max_model_len: int = Field(4096, ge=16)
+    kv_tokens: int = Field(65536, ge=256, description="tokens that the KV cache holds over all sequences")
+    prefill_chunk: int = Field(256, ge=1)
+    adapter_slots: int = Field(64, ge=1)
+    max_rank: int = Field(64, ge=1, le=256)
+    max_queue: int = Field(1024, ge=1)
+    threads: int = Field(0, ge=0)
+    batch_invariant: bool = False
+    api_keys: str = Field("", description="TOML file of keys; needed to bind anything but loopback")
+    lease_seconds: float = Field(3.0, gt=0)
+    poll_seconds: float = Field(0.1, gt=0)
+
+
+class Registry(_Part):
+    """The ledger and its projection."""
+
+    ledger: str = Field("", description="SQLAlchemy URL; empty means SQLite in the data folder")
+    mlflow: str = Field("", description="MLflow tracking URI; empty means SQLite in the data folder")
+    store: str = Field("", description="object store URL; empty means a folder in the data folder")
+    poll_seconds: float = Field(0.5, gt=0)
+
+
+class Settings(BaseSettings):
+    """Riverdelta's settings; the file is `riverdelta.toml` in the working directory unless RIVERDELTA_CONFIG names one."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="RIVERDELTA_", env_nested_delimiter="__", extra="forbid", nested_model_default_partial_update=True
+    )
+
+    data: Path = Path("riverdelta-data")
+    keys: Path | None = Field(None, description="folder of secrets, outside the data folder; default: beside it, <data>-keys")
+    base: str = Field("", description="Hugging Face id or folder of the base model")
+    kafka: Kafka = Kafka()
+    topics: Topics = Topics()
+    streams: Streams = Streams()
+    trainer: Trainer = Trainer()
+    serving: Serving = Serving()
+    registry: Registry = Registry()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments win over the environment, which wins over the file."""
+        path = Path(os.environ.get("RIVERDELTA_CONFIG", FILE))
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
+
+    @classmethod
+    def read(cls, **given: Any) -> "Settings":
+        """The settings, or `BadInput` naming each that does not fit."""
+        config = os.environ.pop("RIVERDELTA_CONFIG", None)  # names the file, is no setting itself
+        try:
+            if config is not None:
+                if not Path(config).is_file():
+                    raise BadInput(f"There is no settings file {config}.", "RIVERDELTA_CONFIG names it.")
+                os.environ["RIVERDELTA_CONFIG"] = config
+            return cls(**given)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)
+            )
+            raise BadInput(f"The settings do not fit: {problems}.", "docs/settings.md lists every setting.") from error
+        except ValueError as error:  # not TOML
+            raise BadInput(f"The settings file cannot be read: {error}.", "docs/settings.md shows one.") from error
+        finally:
+            if config is not None:
+                os.environ["RIVERDELTA_CONFIG"] = config
+
+    @property
+    def ledger_url(self) -> str:
+        """SQLAlchemy URL of the ledger."""
+        return self.registry.ledger or f"sqlite:///{self.data.absolute()}/ledger.db"
+
+    @property
+    def mlflow_uri(self) -> str:
+        """MLflow's tracking URI."""
+        return self.registry.mlflow or f"sqlite:///{self.data.absolute()}/mlflow.db"
+
+    @property
+    def store_url(self) -> str:
+        """URL of the object store."""
+        return self.registry.store or f"file://{self.data.absolute()}/store"
+
+    @property
+    def keys_dir(self) -> Path:
+        """Folder of secrets, never inside the data folder."""
+        folder = (self.keys or self.data.with_name(f"{self.data.name}-keys")).absolute()
+        if folder.is_relative_to(self.data.absolute()):
+            raise BadInput(f"The key folder {folder} lies inside the data folder.", "Set `keys` to a folder outside it.")
+        return folder
+
+
+def new_holder(kind: str) -> str:
+    """A name for one run of a process, never used again: it holds leases under it."""
+    return f"{kind}-{os.getpid()}-{secrets.token_hex(4)}"
