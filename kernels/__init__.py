@@ -1,1 +1,18 @@
 """Batched multi-adapter LoRA and paged attention, for GPUs (Triton) and CPUs."""
+
+from riverdelta.kernels.attention import paged_attention_decode
+from riverdelta.kernels.cpu_linear import PackedLinear, choose_backend
+from riverdelta.kernels.lora import lora_delta
+from riverdelta.kernels.pool import LoraPool
+from riverdelta.kernels.segments import Segments
+from riverdelta.kernels.training import grouped_lora
+
+__all__ = [
+    "LoraPool",
+    "PackedLinear",
+    "Segments",
+    "choose_backend",
+    "grouped_lora",
+    "lora_delta",
+    "paged_attention_decode",
+]
