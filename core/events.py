@@ -101,7 +101,7 @@ class _Envelope(Struct, frozen=True, kw_only=True):
 
 
 # One reader for the common case: plain records carry "type" as a tag, an example need not.
-_plain = msgspec.json.Decoder(Record)
+_plain: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 _example = msgspec.json.Decoder(Example)
 _envelope = msgspec.json.Decoder(_Envelope)
 _peek = msgspec.json.Decoder(dict[str, Any])
@@ -177,9 +177,7 @@ def _check_example(record: Example) -> None:
 
 
 def _structured(envelope: _Envelope) -> Record:
-    return _from_attributes(
-        envelope.type, envelope.data, envelope.id, envelope.source, envelope.subject, envelope.time
-    )
+    return _from_attributes(envelope.type, envelope.data, envelope.id, envelope.source, envelope.subject, envelope.time)
 
 
 def _binary(value: bytes, headers: Iterable[tuple[str, bytes]]) -> Record:
@@ -187,9 +185,7 @@ def _binary(value: bytes, headers: Iterable[tuple[str, bytes]]) -> Record:
     if ce.get("specversion") != "1.0" or not ce.get("id") or not ce.get("source"):
         raise ContractError("invalid", "Binary CloudEvents need ce_specversion 1.0, ce_id and ce_source.")
     data = _peek.decode(value)
-    return _from_attributes(
-        ce.get("type", ""), data, ce["id"], ce["source"], ce.get("subject"), ce.get("time")
-    )
+    return _from_attributes(ce.get("type", ""), data, ce["id"], ce["source"], ce.get("subject"), ce.get("time"))
 
 
 def _from_attributes(
@@ -197,8 +193,16 @@ def _from_attributes(
 ) -> Record:
     if type_ not in _TYPES:
         raise ContractError("type", f"Unknown CloudEvents type {type_[:80]!r}; known are {', '.join(_TYPES)}.")
-    merged = {"subject": subject or "", **data, "type": _TYPES[type_], "id": id_, "source": source, "time": time or ""}
-    return msgspec.convert(merged, Record)
+    merged = {
+        "subject": subject or "",
+        **data,
+        "type": _TYPES[type_],
+        "id": id_,
+        "source": source,
+        "time": time or "",
+    }
+    record: Record = msgspec.convert(merged, Record)
+    return record
 
 
 def content_of(record: Record) -> bytes:

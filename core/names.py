@@ -19,9 +19,7 @@ def check_adapter(name: str) -> str:
     riverdelta.core.errors.BadInput: 'Acme' cannot name an adapter. Use 1 to 63 of a-z, 0-9 and '-', not '-' first.
     """
     if not isinstance(name, str) or not _ADAPTER.fullmatch(name):
-        raise BadInput(
-            f"{str(name)[:80]!r} cannot name an adapter.", "Use 1 to 63 of a-z, 0-9 and '-', not '-' first."
-        )
+        raise BadInput(f"{str(name)[:80]!r} cannot name an adapter.", "Use 1 to 63 of a-z, 0-9 and '-', not '-' first.")
     if name == BASE:
         raise BadInput("'base' names the base model.", "Choose another name for the adapter.")
     return name

@@ -106,9 +106,7 @@ def _site(
         raise Unsupported(f"{module} has rank {rank}.", f"Ranks 1 to {MAX_RANK} can be served.")
     if linears is not None:
         if module not in linears:
-            raise Unsupported(
-                f"The base model has no linear layer {module}.", "Is the adapter made for this base?"
-            )
+            raise Unsupported(f"The base model has no linear layer {module}.", "Is the adapter made for this base?")
         if linears[module] != (a[1], b[0]):
             raise Unsupported(
                 f"{module} maps {linears[module][0]} to {linears[module][1]} features in the base, "

@@ -23,8 +23,11 @@ class Lora(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
-    """AdamW (Loshchilov and Hutter 2019). `decay` scales the rate by 1 / (1 + decay * position), position in optimiser steps since
-    the adapter began, tombstone steps counted."""
+    """AdamW (Loshchilov and Hutter 2019).
+
+    `decay` scales the rate by 1 / (1 + decay * position), position in optimiser steps since the adapter began,
+    the steps that tombstones skip counted.
+    """
 
     learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
     decay: Annotated[float, Meta(ge=0)] = 0.0

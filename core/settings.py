@@ -1,4 +1,4 @@
-"""Every setting, in one place: a TOML file (`riverdelta.toml`) and environment variables (`RIVERDELTA_…`, nested by `__`).
+"""Every setting, in one place: `riverdelta.toml` and environment variables (`RIVERDELTA_…`, nested by `__`).
 
 >>> Settings(data="/tmp/d").ledger_url
 'sqlite:////tmp/d/ledger.db'
@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from .errors import BadInput
 
@@ -92,7 +97,9 @@ class Streams(_Part):
 
     unknown_adapters: Literal["create", "refuse"] = "refuse"
     max_adapters: int = Field(10_000, ge=1, description="cap on adapters created by events")
-    dedupe_window: int = Field(10_000, ge=0, description="admitted events per adapter in which a producer's duplicate is recognised")
+    dedupe_window: int = Field(
+        10_000, ge=0, description="admitted events per adapter in which a producer's duplicate is recognised"
+    )
     buckets: int = Field(64, ge=1, description="owners that adapters are spread over")
     workers: int = Field(1, ge=1)
     metrics_port: int = Field(0, ge=0)
@@ -139,14 +146,19 @@ class Registry(_Part):
 
 
 class Settings(BaseSettings):
-    """Riverdelta's settings; the file is `riverdelta.toml` in the working directory unless RIVERDELTA_CONFIG names one."""
+    """Riverdelta's settings. RIVERDELTA_CONFIG may name another file than ./riverdelta.toml."""
 
     model_config = SettingsConfigDict(
-        env_prefix="RIVERDELTA_", env_nested_delimiter="__", extra="forbid", nested_model_default_partial_update=True
+        env_prefix="RIVERDELTA_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        nested_model_default_partial_update=True,
     )
 
     data: Path = Path("riverdelta-data")
-    keys: Path | None = Field(None, description="folder of secrets, outside the data folder; default: beside it, <data>-keys")
+    keys: Path | None = Field(
+        None, description="folder of secrets, outside the data folder; default: beside it, <data>-keys"
+    )
     base: str = Field("", description="Hugging Face id or folder of the base model")
     kafka: Kafka = Kafka()
     topics: Topics = Topics()
@@ -209,7 +221,9 @@ class Settings(BaseSettings):
         """Folder of secrets, never inside the data folder."""
         folder = (self.keys or self.data.with_name(f"{self.data.name}-keys")).absolute()
         if folder.is_relative_to(self.data.absolute()):
-            raise BadInput(f"The key folder {folder} lies inside the data folder.", "Set `keys` to a folder outside it.")
+            raise BadInput(
+                f"The key folder {folder} lies inside the data folder.", "Set `keys` to a folder outside it."
+            )
         return folder
 
 

@@ -1,5 +1,6 @@
 """The object store: segment payloads, weights and trainer state, on a folder, S3, GCS or Azure (through obstore)."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ class ObjectStore:
             else:
                 self._store = obstore.store.from_url(url)
         except (OSError, ValueError, obstore.exceptions.BaseError) as error:
-            raise BadInput(f"Cannot open the object store {url}: {error}.", "Check [store] url in the settings.") from error
+            raise BadInput(
+                f"Cannot open the object store {url}: {error}.", "Check [store] url in the settings."
+            ) from error
 
     def put(self, key: str, data: bytes) -> None:
         """Write `data` under a key that nothing else uses; repeating the same write is harmless."""
@@ -53,10 +56,8 @@ class ObjectStore:
 
     def delete(self, key: str) -> None:
         """Remove what is under the key, if anything."""
-        try:
+        with contextlib.suppress(NotFound):
             self._call("delete", key, lambda obs: obs.delete(self._store, key))
-        except NotFound:
-            pass
 
     def keys(self, prefix: str) -> Iterator[str]:
         """The keys that begin with `prefix`, sorted."""
@@ -77,7 +78,9 @@ class ObjectStore:
         except AlreadyExistsError:
             raise
         except (OSError, BaseError) as error:
-            raise Unavailable(f"Cannot {verb} {key} in {self.url}: {error}.", "Is the store reachable and not full?") from error
+            raise Unavailable(
+                f"Cannot {verb} {key} in {self.url}: {error}.", "Is the store reachable and not full?"
+            ) from error
 
 
 def weights_key(digest: str) -> str:

@@ -26,7 +26,13 @@ class _Format(logging.Formatter):
             fields["exception"] = self.formatException(record.exc_info)
         if self._json:
             return json.dumps(
-                {"at": now(), "level": record.levelname.lower(), "logger": record.name, "message": text, **fields},
+                {
+                    "at": now(),
+                    "level": record.levelname.lower(),
+                    "logger": record.name,
+                    "message": text,
+                    **fields,
+                },
                 default=str,
             )
         exception = fields.pop("exception", None)
@@ -40,7 +46,9 @@ def set_up_logs(level: str = "") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Format(os.environ.get("RIVERDELTA_LOG_JSON", "") == "1"))
     logging.basicConfig(
-        level=(level or os.environ.get("RIVERDELTA_LOG_LEVEL", "info")).upper(), handlers=[handler], force=True
+        level=(level or os.environ.get("RIVERDELTA_LOG_LEVEL", "info")).upper(),
+        handlers=[handler],
+        force=True,
     )
     for noisy in ("alembic", "kafka", "httpx", "mlflow", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -34,10 +34,14 @@ def decode(data: bytes, digest: str | None = None) -> "tuple[dict[str, Any], dic
     from safetensors.torch import load
 
     if digest is not None and sha256(data) != digest:
-        raise Corrupt(f"The weights of {digest[:12]} do not have that digest.", "Restore them from a backup or rebuild.")
+        raise Corrupt(
+            f"The weights of {digest[:12]} do not have that digest.", "Restore them from a backup or rebuild."
+        )
     try:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
         return json.loads(header["__metadata__"][_CONFIG]), load(data)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise Corrupt(f"Not a weights file of Riverdelta: {error}.", "Import PEFT folders with registry import.") from error
+        raise Corrupt(
+            f"Not a weights file of Riverdelta: {error}.", "Import PEFT folders with registry import."
+        ) from error

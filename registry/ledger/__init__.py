@@ -1,0 +1,36 @@
+"""The ledger: the one ordered history of facts about each adapter, and the source of truth."""
+
+from .leases import Fence
+from .ledger import Increment, Ledger, Seal, Work
+from .records import (
+    AdapterRecord,
+    Cause,
+    Fact,
+    Forget,
+    Lease,
+    Manifest,
+    ManifestEntry,
+    Outcome,
+    SegmentRecord,
+    Stage,
+    VersionRecord,
+)
+
+__all__ = [
+    "AdapterRecord",
+    "Cause",
+    "Fact",
+    "Fence",
+    "Forget",
+    "Increment",
+    "Lease",
+    "Ledger",
+    "Manifest",
+    "ManifestEntry",
+    "Outcome",
+    "Seal",
+    "SegmentRecord",
+    "Stage",
+    "VersionRecord",
+    "Work",
+]

@@ -1,0 +1,96 @@
+"""The database under the ledger: engines, transactions, migrations, and what a lost connection looks like."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+
+from riverdelta.core.errors import Corrupt, Unavailable
+
+MIGRATIONS = Path(__file__).with_name("migrations")
+
+
+class Database:
+    """An SQLAlchemy engine with two kinds of transaction: `write` (serialised on SQLite) and `read`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.sqlite = url.startswith("sqlite")
+        if self.sqlite:
+            Path(sa.make_url(url).database or "").parent.mkdir(parents=True, exist_ok=True)
+        self._engine = sa.create_engine(url, **({} if self.sqlite else {"pool_pre_ping": True}))
+        if self.sqlite:
+            event.listen(self._engine, "connect", _set_up_sqlite)
+            event.listen(self._engine, "begin", _begin_sqlite)
+        self._reader = self._engine.execution_options(reading=True)
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """One transaction that may write; on SQLite it holds the only write lock from its start."""
+        with _told(self.url), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """One consistent view."""
+        with _told(self.url), self._reader.begin() as connection:
+            yield connection
+
+    def migrate(self) -> None:
+        """Create the tables, or bring an older ledger's up to date."""
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        with self.write() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+
+    def vacuum(self) -> None:
+        """Overwrite what deletion left behind in free pages and in the write-ahead log (SQLite only)."""
+        if self.sqlite:
+            with _told(self.url), self._engine.connect() as connection:
+                raw: Any = connection.connection.driver_connection
+                connection.rollback()
+                raw.execute("VACUUM")
+                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _set_up_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the begin hook below opens transactions, not the driver
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "busy_timeout=30000",
+        "secure_delete=ON",
+        "foreign_keys=ON",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    reading = connection.get_execution_options().get("reading", False)
+    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+@contextmanager
+def _told(url: str) -> Iterator[None]:
+    shown = sa.make_url(url).render_as_string(hide_password=True)
+    try:
+        yield
+    except sa.exc.OperationalError as error:
+        raise Unavailable(
+            f"The ledger {shown} does not answer: {error.orig}.", "Is it reachable, and not full?"
+        ) from error
+    except sa.exc.DatabaseError as error:
+        if "malformed" in str(error.orig) or "not a database" in str(error.orig):
+            raise Corrupt(f"The ledger {shown} is damaged: {error.orig}.", "Restore it from a backup.") from error
+        raise

@@ -1,0 +1,112 @@
+"""Inside a ledger transaction: read an adapter's state, and apply a decided change to it with its facts."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from riverdelta.core.digests import canonical_json, sha256
+from riverdelta.core.errors import Conflict, NotFound
+from riverdelta.core.telemetry import now
+
+from . import tables as t
+from .database import Database
+from .decisions import Change
+from .records import AdapterRecord, Manifest, SegmentRecord, VersionRecord
+from .rows import adapter_of, segment_of, version_of
+
+
+class Journal:
+    """What every part of the ledger does inside one transaction."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+
+    def _act(
+        self, adapter: str, actor: str, reason: str, decide: Callable[[sa.Connection, AdapterRecord], Change]
+    ) -> AdapterRecord:
+        with self.db.write() as c:
+            head = self._adapter(c, adapter, lock=True)
+            return self._apply(c, head, decide(c, head), actor, reason)
+
+    def _apply(self, c: sa.Connection, before: AdapterRecord, change: Change, actor: str, reason: str) -> AdapterRecord:
+        after = replace(change.adapter, head=before.head + len(change.facts))
+        moved = c.execute(
+            t.adapters.update()
+            .where(t.adapters.c.name == before.name, t.adapters.c.head == before.head)
+            .values({key: value for key, value in asdict(after).items() if key != "name"})
+        )
+        if moved.rowcount != 1:
+            raise Conflict(f"{before.name} has moved on meanwhile.", "Read the head again.")
+        s, v = t.segments.c, t.versions.c
+        for segment in change.segments:
+            c.execute(
+                t.segments.update()
+                .where(s.adapter == segment.adapter, s.number == segment.number)
+                .values(outcome=segment.outcome, version=segment.version, cause=segment.cause, note=segment.note)
+            )
+        if change.revoked:
+            c.execute(
+                t.versions.update().where(v.adapter == before.name, v.number.in_(change.revoked)).values(revoked=True)
+            )
+        self._write_facts(c, before, change.facts, actor, reason)
+        return after
+
+    def _write_facts(
+        self,
+        c: sa.Connection,
+        before: AdapterRecord,
+        facts: Iterable[tuple[str, dict[str, Any]]],
+        actor: str,
+        reason: str,
+    ) -> None:
+        where = (t.facts.c.adapter == before.name, t.facts.c.seq == before.head)
+        chain = c.execute(sa.select(t.facts.c.chain).where(*where)).scalar() or ""
+        at = now()
+        for seq, (kind, body) in enumerate(facts, start=before.head + 1):
+            line = [before.name, seq, kind, body, at, actor, reason]
+            chain = sha256(chain.encode() + canonical_json(line))
+            c.execute(
+                t.facts.insert().values(
+                    adapter=before.name,
+                    seq=seq,
+                    kind=kind,
+                    body=body,
+                    at=at,
+                    actor=actor,
+                    reason=reason,
+                    chain=chain,
+                )
+            )
+
+    def _adapter(self, c: sa.Connection, name: str, lock: bool = False) -> AdapterRecord:
+        query = sa.select(t.adapters).where(t.adapters.c.name == name)
+        row = c.execute(query.with_for_update() if lock else query).first()
+        if row is None:
+            raise NotFound(f"There is no adapter {name[:80]}.", "`riverdelta registry list` shows those there are.")
+        return adapter_of(row)
+
+    def _segment(self, c: sa.Connection, adapter: str, number: int) -> SegmentRecord:
+        s = t.segments.c
+        row = c.execute(sa.select(t.segments).where(s.adapter == adapter, s.number == number)).first()
+        if row is None:
+            raise NotFound(f"{adapter} has no segment {number}.", f"`riverdelta registry log {adapter}` lists them.")
+        return segment_of(row)
+
+    def _segments(self, c: sa.Connection, adapter: str, first: int = 1) -> list[SegmentRecord]:
+        s = t.segments.c
+        columns = [column for column in t.segments.columns if column is not s.manifest]
+        query = sa.select(*columns).where(s.adapter == adapter, s.number >= first).order_by(s.number)
+        return [segment_of(row) for row in c.execute(query)]
+
+    def _manifest(self, c: sa.Connection, adapter: str, number: int) -> Manifest:
+        s = t.segments.c
+        held = c.execute(sa.select(s.manifest).where(s.adapter == adapter, s.number == number)).scalar()
+        if held is None:
+            raise NotFound(f"{adapter} has no segment {number}.", f"`riverdelta registry log {adapter}` lists them.")
+        return Manifest.unpack(held)
+
+    def _versions(self, c: sa.Connection, adapter: str) -> dict[int, VersionRecord]:
+        rows = c.execute(sa.select(t.versions).where(t.versions.c.adapter == adapter))
+        return {row.number: version_of(row) for row in rows}

@@ -1,0 +1,115 @@
+"""Leases: which processes may act on what they have read, and how far each has carried out the fences.
+
+A lease is extended only for a holder that has carried out every fence there is. So once a fence is durable, each
+holder either acknowledges it or, after its lease's length on its own clock, stops by itself; whoever waits needs no
+clock but its own (the rule of Gray and Cheriton's leases, 1989, with the holder's clock started before it asks).
+"""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from riverdelta.core.errors import NotFound
+from riverdelta.core.telemetry import now
+
+from . import tables as t
+from .journal import Journal
+from .records import Lease
+from .rows import lease_of
+
+
+@dataclass(frozen=True)
+class Fence:
+    """The point after which no weights with these digests may produce a token."""
+
+    number: int
+    at: str
+    digests: frozenset[str]
+
+
+class Leases(Journal):
+    """Leases and fences."""
+
+    def take_lease(self, holder: str, kind: str, ttl: float) -> int:
+        """Take a lease of `ttl` seconds before reading anything; the last fence's number, all of which the
+        holder has nothing left to do for. `kind` is `server`, `stream` or `trainer`."""
+        with self.db.write() as c:
+            fence = self._last_fence(c, lock=True)
+            c.execute(t.leases.delete().where(t.leases.c.holder == holder))
+            c.execute(t.leases.insert().values(holder=holder, kind=kind, ttl=ttl, acked=fence, renewed_at=now()))
+        return fence
+
+    def renew_lease(self, holder: str, acked: int) -> int:
+        """Acknowledge the fences up to `acked` and ask for another term: the number of the last fence.
+
+        The term is granted only when the two are equal; otherwise carry out `fences(acked)` and ask again.
+        `NotFound` when the lease was given up for lost: drop everything, then take a new one.
+        """
+        with self.db.write() as c:
+            fence = self._last_fence(c)
+            values = {"acked": acked} if acked < fence else {"acked": acked, "renewed_at": now()}
+            moved = c.execute(t.leases.update().where(t.leases.c.holder == holder).values(values))
+            if not moved.rowcount:
+                raise NotFound(f"{holder} holds no lease.", "Drop what was read under it and take a new one.")
+        return fence
+
+    def drop_lease(self, holder: str) -> None:
+        """Give a lease up; its holder has stopped."""
+        with self.db.write() as c:
+            c.execute(t.leases.delete().where(t.leases.c.holder == holder))
+
+    def leases(self, kinds: Collection[str] = ()) -> list[Lease]:
+        """The leases of these kinds (default: all), lost ones that nobody waited for included."""
+        query = sa.select(t.leases).order_by(t.leases.c.holder)
+        with self.db.read() as c:
+            return [lease_of(row) for row in c.execute(query.where(t.leases.c.kind.in_(kinds)) if kinds else query)]
+
+    def fences(self, after: int) -> list[Fence]:
+        """The fences after a number, in order."""
+        query = sa.select(t.fences).where(t.fences.c.number > after).order_by(t.fences.c.number)
+        with self.db.read() as c:
+            return [Fence(row.number, row.at, frozenset(row.digests)) for row in c.execute(query)]
+
+    def last_fence(self) -> int:
+        """The number of the last fence, 0 when there is none."""
+        with self.db.read() as c:
+            return self._last_fence(c)
+
+    def unacknowledged(self, fence: int, kinds: Collection[str]) -> list[Lease]:
+        """The leases that have not carried out a fence."""
+        return [lease for lease in self.leases(kinds) if lease.acked < fence]
+
+    def await_fence(
+        self,
+        fence: int,
+        kinds: Collection[str],
+        sleep: float = 0.005,
+        progress: Callable[[list[Lease]], None] | None = None,
+    ) -> list[str]:
+        """Wait until every lease of these kinds has acknowledged a durable fence or has run out.
+
+        Returns the holders whose leases ran out; they are given up for lost.
+        """
+        start = time.monotonic()
+        lost: list[str] = []
+        while open_leases := self.unacknowledged(fence, kinds):
+            waited = time.monotonic() - start
+            for lease in open_leases:
+                if waited > lease.ttl * 1.1 + 0.1:  # clocks may differ in rate, not by a tenth
+                    self._give_up(lease, fence)
+                    lost.append(lease.holder)
+            if progress is not None:
+                progress(open_leases)
+            time.sleep(sleep)
+        return lost
+
+    def _give_up(self, lease: Lease, fence: int) -> None:
+        with self.db.write() as c:
+            c.execute(t.leases.delete().where(t.leases.c.holder == lease.holder, t.leases.c.acked < fence))
+
+    def _last_fence(self, c: sa.Connection, lock: bool = False) -> int:
+        if lock and not self.db.sqlite:
+            c.execute(sa.text("LOCK TABLE fences IN EXCLUSIVE MODE"))  # numbers are given out one at a time
+        return int(c.execute(sa.select(sa.func.max(t.fences.c.number))).scalar() or 0)

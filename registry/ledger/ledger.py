@@ -1,0 +1,414 @@
+"""The ledger: one ordered history of facts about each adapter, and the only place where an adapter's head moves."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from riverdelta.core.digests import seed_of
+from riverdelta.core.errors import Conflict, NotFound, Refused
+from riverdelta.core.names import check_adapter
+from riverdelta.core.recipe import Recipe
+from riverdelta.core.telemetry import now
+
+from . import decisions
+from . import tables as t
+from .database import Database
+from .decisions import Change
+from .forgetting import Forgetting
+from .records import AdapterRecord, Cause, Fact, Manifest, Outcome, SegmentRecord, VersionRecord
+from .rows import adapter_of, fact_of, version_of
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a dataflow worker asks to append: a payload already written, its manifest, and how far it has consumed.
+
+    `consumed` maps (incarnation, partition) to (offset expected in the ledger, next offset): both are checked
+    and moved in the sealing transaction, so that of two owners only one can append.
+    """
+
+    adapter: str
+    epoch: int
+    first: int
+    manifest: Manifest
+    trigger: str
+    payload: str
+    payload_sha: str
+    consumed: Mapping[tuple[str, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Increment:
+    """What a trainer asks to commit: a candidate whose weights and state already lie in the store."""
+
+    adapter: str
+    segment: int
+    epoch: int
+    parent: int
+    digest: str
+    state: str
+    saw: tuple[int, ...]
+    fingerprint: Mapping[str, Any]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The next increment of an adapter: train `segment` on `parent` (None is the base) at `epoch`."""
+
+    adapter: AdapterRecord
+    segment: SegmentRecord
+    parent: VersionRecord | None
+
+
+class Ledger(Forgetting):
+    """Every fact about every adapter. Safe to use from several threads and processes."""
+
+    @classmethod
+    def open(cls, url: str) -> "Ledger":
+        """Open a ledger, made or migrated as needed."""
+        ledger = cls(Database(url))
+        ledger.db.migrate()
+        return ledger
+
+    def close(self) -> None:
+        """Close the database."""
+        self.db.close()
+
+    # -- the folder's own facts ------------------------------------------------------------------------------
+
+    def remember(self, key: str, value: str) -> str:
+        """Write a fact about the whole ledger once; the value that stands is returned."""
+        with self.db.write() as c:
+            held = c.execute(sa.select(t.meta.c.value).where(t.meta.c.key == key)).scalar()
+            if held is None:
+                c.execute(t.meta.insert().values(key=key, value=value))
+                held = value
+        return str(held)
+
+    # -- adapters --------------------------------------------------------------------------------------------
+
+    def create(self, name: str, recipe: Recipe, actor: str, reason: str = "", cap: int | None = None) -> AdapterRecord:
+        """Make an adapter; `Conflict` when it exists, `Refused` when `cap` adapters exist already."""
+        check_adapter(name)
+        record = AdapterRecord(
+            name, recipe.to_dict(), recipe.digest, seed_of("adapter", name, recipe.seed), created_at=now()
+        )
+        with self.db.write() as c:
+            if c.execute(sa.select(t.adapters.c.name).where(t.adapters.c.name == name)).first():
+                raise Conflict(f"The adapter {name} exists already.", f"`riverdelta registry show {name}` shows it.")
+            if cap is not None and (c.execute(sa.select(sa.func.count()).select_from(t.adapters)).scalar() or 0) >= cap:
+                raise Refused(f"{cap} adapters exist, the most allowed.", "Raise streams.max_adapters in the settings.")
+            c.execute(t.adapters.insert().values(asdict(record)))
+            body = {"recipe": record.recipe, "recipe_digest": record.recipe_digest, "seed": record.seed}
+            return self._apply(c, record, Change(record, (("created", body),)), actor, reason)
+
+    def adapters(self) -> list[AdapterRecord]:
+        """Every adapter, by name."""
+        with self.db.read() as c:
+            return [adapter_of(row) for row in c.execute(sa.select(t.adapters).order_by(t.adapters.c.name))]
+
+    def adapter(self, name: str) -> AdapterRecord:
+        """One adapter's head."""
+        with self.db.read() as c:
+            return self._adapter(c, name)
+
+    def heads(self) -> dict[str, int]:
+        """Each adapter's number of facts: what changed since the last look is what moved."""
+        with self.db.read() as c:
+            return dict(c.execute(sa.select(t.adapters.c.name, t.adapters.c.head)))
+
+    def clock(self) -> int:
+        """A number that rises with every fact of any adapter; cheap to read often."""
+        with self.db.read() as c:
+            return int(c.execute(sa.select(sa.func.max(t.facts.c.id))).scalar() or 0)
+
+    def facts(self, adapter: str, after: int = 0, limit: int | None = None) -> list[Fact]:
+        """The journal of an adapter after a sequence number, in order."""
+        query = sa.select(t.facts).where(t.facts.c.adapter == adapter, t.facts.c.seq > after).order_by(t.facts.c.seq)
+        with self.db.read() as c:
+            return [fact_of(row) for row in c.execute(query.limit(limit))]
+
+    # -- streams: segments -----------------------------------------------------------------------------------
+
+    def seal(self, seals: Sequence[Seal], actor: str) -> list[SegmentRecord | Exception]:
+        """Append segments, each on its own terms, in one durable transaction: the segment, or why it was refused."""
+        done: list[SegmentRecord | Exception] = []
+        with self.db.write() as c:
+            for seal in seals:
+                try:
+                    with c.begin_nested():
+                        done.append(self._seal(c, seal, actor))
+                except (Conflict, NotFound) as refused:
+                    done.append(refused)
+        return done
+
+    def _seal(self, c: sa.Connection, seal: Seal, actor: str) -> SegmentRecord:
+        adapter = self._adapter(c, seal.adapter, lock=True)
+        entries = seal.manifest.entries
+        tombstones = sum(entry.tombstone for entry in entries)
+        change = decisions.decide_seal(adapter, seal.epoch, seal.first, len(entries), tombstones, seal.trigger)
+        self._consume(c, seal)
+        held = adapter.held is not None
+        segment = SegmentRecord(
+            adapter.name,
+            adapter.next_segment,
+            seal.first,
+            len(entries),
+            seal.trigger,
+            seal.payload,
+            seal.payload_sha,
+            now(),
+            Outcome.SET_ASIDE if held else Outcome.AWAITING,
+            cause=Cause.HOLD if held else Cause.NONE,
+        )
+        c.execute(t.segments.insert().values(**asdict(segment), manifest=seal.manifest.pack()))
+        mentions = [
+            {"adapter": adapter.name, "mention": mention, "segment": segment.number}
+            for mention in sorted(seal.manifest.mentions)
+        ]
+        if mentions:
+            c.execute(t.mentions.insert(), mentions)
+        self._apply(c, adapter, change, actor, "")
+        return segment
+
+    def _consume(self, c: sa.Connection, seal: Seal) -> None:
+        for (incarnation, partition), (expected, following) in seal.consumed.items():
+            where = sa.and_(
+                t.consumed.c.adapter == seal.adapter,
+                t.consumed.c.incarnation == incarnation,
+                t.consumed.c.partition == partition,
+            )
+            held = c.execute(sa.select(t.consumed.c.next_offset).where(where)).scalar()
+            if (held or 0) != expected:
+                raise Conflict(
+                    f"{seal.adapter} has consumed partition {partition} up to {held or 0}, not {expected}.",
+                    "Another worker owns it now: read the head again.",
+                )
+            if held is None:
+                c.execute(
+                    t.consumed.insert().values(
+                        adapter=seal.adapter,
+                        incarnation=incarnation,
+                        partition=partition,
+                        next_offset=following,
+                    )
+                )
+            else:
+                c.execute(t.consumed.update().where(where).values(next_offset=following))
+
+    def consumed(self, adapter: str) -> dict[tuple[str, int], int]:
+        """Per (incarnation, partition), the offset before which every event of the adapter has been decided."""
+        with self.db.read() as c:
+            rows = c.execute(sa.select(t.consumed).where(t.consumed.c.adapter == adapter))
+            return {(row.incarnation, row.partition): row.next_offset for row in rows}
+
+    def segments(self, adapter: str, first: int = 1) -> list[SegmentRecord]:
+        """The segments of an adapter from a number on, in order."""
+        with self.db.read() as c:
+            return self._segments(c, adapter, first)
+
+    def segment(self, adapter: str, number: int) -> SegmentRecord:
+        """One segment."""
+        with self.db.read() as c:
+            return self._segment(c, adapter, number)
+
+    def manifest(self, adapter: str, number: int) -> Manifest:
+        """The entries of a segment."""
+        with self.db.read() as c:
+            return self._manifest(c, adapter, number)
+
+    def move_position(self, incarnation: str, partition: int, bucket: int, next_offset: int) -> None:
+        """Record from where a restarted dataflow must read a partition again for a bucket of adapters."""
+        key = (
+            t.positions.c.incarnation == incarnation,
+            t.positions.c.partition == partition,
+            t.positions.c.bucket == bucket,
+        )
+        with self.db.write() as c:
+            moved = c.execute(t.positions.update().where(*key).values(next_offset=next_offset))
+            if not moved.rowcount:
+                c.execute(
+                    t.positions.insert().values(
+                        incarnation=incarnation, partition=partition, bucket=bucket, next_offset=next_offset
+                    )
+                )
+
+    def positions(self, incarnation: str) -> dict[tuple[int, int], int]:
+        """Per (partition, bucket), the recorded position."""
+        with self.db.read() as c:
+            rows = c.execute(sa.select(t.positions).where(t.positions.c.incarnation == incarnation))
+            return {(row.partition, row.bucket): row.next_offset for row in rows}
+
+    # -- trainer: increments ---------------------------------------------------------------------------------
+
+    def waiting(self) -> list[tuple[str, int]]:
+        """Per adapter with work, its first awaiting segment."""
+        s = t.segments.c
+        query = sa.select(s.adapter, sa.func.min(s.number)).where(s.outcome == Outcome.AWAITING).group_by(s.adapter)
+        with self.db.read() as c:
+            return [(name, number) for name, number in c.execute(query.order_by(s.adapter))]
+
+    def work(self, adapter: str) -> Work | None:
+        """The adapter's next increment, read in one view, or None when nothing awaits."""
+        s = t.segments.c
+        query = sa.select(sa.func.min(s.number)).where(s.adapter == adapter, s.outcome == Outcome.AWAITING)
+        with self.db.read() as c:
+            number = c.execute(query).scalar()
+            if number is None:
+                return None
+            head = self._adapter(c, adapter)
+            parent = self._versions(c, adapter)[head.tip] if head.tip else None
+            return Work(head, self._segment(c, adapter, number), parent)
+
+    def commit(self, increment: Increment, actor: str) -> VersionRecord:
+        """Make a candidate the adapter's next version and its release; `StaleEpoch` or `Conflict` when the ledger
+        has moved on since the work began."""
+        with self.db.write() as c:
+            adapter = self._adapter(c, increment.adapter, lock=True)
+            segment = self._segment(c, adapter.name, increment.segment)
+            change = decisions.decide_increment(adapter, segment, increment.epoch, increment.parent, increment.digest)
+            s = t.segments.c
+            decided_here = c.execute(  # decisions in the lineage count as seen
+                sa.select(s.number).where(
+                    s.adapter == adapter.name,
+                    s.cause.in_((Cause.GATE, Cause.ERROR)),
+                    s.version == increment.parent,
+                )
+            ).scalars()
+            version = VersionRecord(
+                adapter.name,
+                adapter.next_version,
+                increment.digest,
+                increment.state,
+                increment.parent,
+                increment.segment,
+                increment.epoch,
+                adapter.recipe_digest,
+                tuple(sorted({*increment.saw, increment.segment, *decided_here})),
+                dict(increment.fingerprint),
+                dict(increment.metrics),
+                now(),
+            )
+            c.execute(t.versions.insert().values(asdict(version)))
+            self._apply(c, adapter, change, actor, "")
+        return version
+
+    def set_aside(
+        self, adapter: str, segment: int, epoch: int, parent: int, cause: Cause, note: str, actor: str
+    ) -> None:
+        """Record that a segment was not learned, and why."""
+        with self.db.write() as c:
+            head = self._adapter(c, adapter, lock=True)
+            found = self._segment(c, adapter, segment)
+            self._apply(c, head, decisions.decide_set_aside(head, found, epoch, parent, cause, note), actor, note)
+
+    def import_version(
+        self, adapter: str, digest: str, fingerprint: Mapping[str, Any], actor: str, reason: str = ""
+    ) -> VersionRecord:
+        """Make weights trained elsewhere version 1 of an adapter that has none."""
+        with self.db.write() as c:
+            head = self._adapter(c, adapter, lock=True)
+            if head.next_version != 1:
+                raise Conflict(f"{adapter} has versions already.", "Import under a new name.")
+            version = VersionRecord(
+                adapter,
+                1,
+                digest,
+                "",
+                0,
+                None,
+                head.epoch,
+                head.recipe_digest,
+                (),
+                dict(fingerprint),
+                {},
+                now(),
+            )
+            c.execute(t.versions.insert().values(asdict(version)))
+            moved = replace(head, next_version=2, tip=1, release=1)
+            facts = (
+                ("imported", {"version": 1, "digest": digest}),
+                ("release", {"from": 0, "to": 1, "digest": digest}),
+            )
+            self._apply(c, head, Change(moved, facts), actor, reason)
+        return version
+
+    def versions(self, adapter: str) -> dict[int, VersionRecord]:
+        """Every version of an adapter by number, revoked ones included."""
+        with self.db.read() as c:
+            self._adapter(c, adapter)
+            return self._versions(c, adapter)
+
+    def version(self, adapter: str, number: int) -> VersionRecord:
+        """One version."""
+        v = t.versions.c
+        with self.db.read() as c:
+            row = c.execute(sa.select(t.versions).where(v.adapter == adapter, v.number == number)).first()
+        if row is None:
+            raise NotFound(f"{adapter} has no version {number}.", f"`riverdelta registry show {adapter}` lists them.")
+        return version_of(row)
+
+    def releases(self) -> dict[str, tuple[int, str]]:
+        """Per adapter, the released version and its digest; (0, "") while it serves the base."""
+        a, v = t.adapters.c, t.versions.c
+        query = sa.select(a.name, a.release, v.digest).select_from(
+            t.adapters.outerjoin(t.versions, sa.and_(v.adapter == a.name, v.number == a.release))
+        )
+        with self.db.read() as c:
+            return {name: (release, digest or "") for name, release, digest in c.execute(query)}
+
+    # -- operators -------------------------------------------------------------------------------------------
+
+    def release(self, adapter: str, version: int, actor: str, reason: str = "") -> AdapterRecord:
+        """Move the release, without a hold."""
+        return self._act(
+            adapter,
+            actor,
+            reason,
+            lambda c, head: decisions.decide_release(head, self._versions(c, adapter), version),
+        )
+
+    def rollback(self, adapter: str, version: int | None, actor: str, reason: str = "") -> AdapterRecord:
+        """Move the release to an earlier version (default: the released one's parent) and hold it there."""
+
+        def decide(c: sa.Connection, head: AdapterRecord) -> Change:
+            versions = self._versions(c, adapter)
+            target = version
+            if target is None:
+                target = versions[head.release].parent if head.release else 0
+                target = decisions.newest_clean(versions, target)
+                if not target:
+                    raise Refused(f"{adapter} has no version before {head.release}.", "Name the version to go to.")
+            return decisions.decide_rollback(head, versions, self._segments(c, adapter), target)
+
+        return self._act(adapter, actor, reason, decide)
+
+    def resume(
+        self, adapter: str, mode: Literal["continue", "replay", "tip"], actor: str, reason: str = ""
+    ) -> AdapterRecord:
+        """End a hold."""
+        return self._act(
+            adapter,
+            actor,
+            reason,
+            lambda c, head: decisions.decide_resume(head, self._versions(c, adapter), self._segments(c, adapter), mode),
+        )
+
+    # -- MLflow's share --------------------------------------------------------------------------------------
+
+    def projected(self, adapter: str) -> tuple[int, dict[str, Any]]:
+        """How much of the journal MLflow shows, and the projector's own notes."""
+        with self.db.read() as c:
+            row = c.execute(sa.select(t.projections).where(t.projections.c.adapter == adapter)).first()
+        return (row.seq, row.body) if row else (0, {})
+
+    def mark_projected(self, adapter: str, seq: int, body: Mapping[str, Any]) -> None:
+        """Record what MLflow shows."""
+        where = t.projections.c.adapter == adapter
+        with self.db.write() as c:
+            moved = c.execute(t.projections.update().where(where).values(seq=seq, body=dict(body)))
+            if not moved.rowcount:
+                c.execute(t.projections.insert().values(adapter=adapter, seq=seq, body=dict(body)))

@@ -1,0 +1,197 @@
+"""The ledger's nouns: adapters, segments and their manifests, versions, facts, fences, leases."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+
+class Outcome(StrEnum):
+    """What became of a segment. Every sealed segment has exactly one."""
+
+    AWAITING = "awaiting"
+    TRAINED = "trained"
+    SET_ASIDE = "set_aside"
+
+
+class Cause(StrEnum):
+    """Why a segment is set aside."""
+
+    NONE = ""
+    HOLD = "hold"  # sealed while the release was held
+    ROLLBACK = "rollback"  # trained or awaiting when the release moved behind it
+    LEFT = "left"  # still set aside when the hold ended
+    GATE = "gate"  # its candidate was rejected
+    ERROR = "error"  # it could not be trained
+
+
+class ManifestEntry(msgspec.Struct, array_like=True, frozen=True):
+    """One entry as the ledger knows it: where it came from and whose it is, never what it says.
+
+    `run` indexes the manifest's topic incarnations; (run, partition, offset) is the entry's identity.
+    `event` is the keyed hash of the producer's source and id, empty when it gave none. `subjects` are keyed
+    hashes. `written_by` is the weights digest that generated its text, empty for people's.
+    """
+
+    run: int
+    partition: int
+    offset: int
+    event: bytes = b""
+    subjects: tuple[str, ...] = ()
+    tombstone: bool = False
+    written_by: str = ""
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """The entries of a segment in index order, and the topic incarnations that they came from."""
+
+    incarnations: tuple[str, ...]
+    entries: tuple[ManifestEntry, ...]
+
+    def pack(self) -> bytes:
+        """MessagePack bytes, as stored."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Manifest":
+        """The manifest in stored bytes."""
+        return msgspec.msgpack.decode(data, type=cls)
+
+    @property
+    def mentions(self) -> set[str]:
+        """Subjects and writers of the live entries: what a later forget finds the segment by."""
+        live = [entry for entry in self.entries if not entry.tombstone]
+        return {subject for entry in live for subject in entry.subjects} | {
+            entry.written_by for entry in live if entry.written_by
+        }
+
+    def erased(self, mentions: set[str]) -> "Manifest":
+        """The same entries, tombstones where they mention any of these."""
+        return Manifest(
+            self.incarnations,
+            tuple(
+                msgspec.structs.replace(entry, tombstone=True)
+                if not entry.tombstone and (entry.written_by in mentions or not mentions.isdisjoint(entry.subjects))
+                else entry
+                for entry in self.entries
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """An adapter's head: the state that every transaction about it checks and moves.
+
+    `release` is the version served now and `tip` the one that the next increment builds on; 0 is the base.
+    `held` is the version that a rollback holds the release at, and `held_tip` the tip before it.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    recipe_digest: str
+    seed: int
+    created_at: str
+    epoch: int = 0
+    head: int = 0
+    next_index: int = 0
+    next_segment: int = 1
+    next_version: int = 1
+    release: int = 0
+    tip: int = 0
+    held: int | None = None
+    held_tip: int | None = None
+
+
+@dataclass(frozen=True)
+class SegmentRecord:
+    """A sealed run of entries [first, first + count). `version` made its outcome: the one that trained it, or the
+    parent that a rejected candidate built on."""
+
+    adapter: str
+    number: int
+    first: int
+    count: int
+    trigger: str
+    payload: str
+    payload_sha: str
+    sealed_at: str
+    outcome: Outcome = Outcome.AWAITING
+    version: int | None = None
+    cause: Cause = Cause.NONE
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class VersionRecord:
+    """Immutable weights and their lineage. `saw` names the segments that this increment itself used."""
+
+    adapter: str
+    number: int
+    digest: str
+    state: str
+    parent: int
+    segment: int | None
+    epoch: int
+    recipe_digest: str
+    saw: tuple[int, ...]
+    fingerprint: dict[str, Any]
+    metrics: dict[str, Any]
+    made_at: str
+    revoked: bool = False
+    purged: bool = False
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of an adapter's journal. `chain` is the SHA-256 of the previous line's chain and this line."""
+
+    id: int
+    adapter: str
+    seq: int
+    kind: str
+    body: dict[str, Any]
+    at: str
+    actor: str
+    reason: str
+    chain: str
+
+
+class Stage(StrEnum):
+    """How far a forget has come; each stage is entered once everything before it is durable."""
+
+    FENCED = "fenced"
+    ACKNOWLEDGED = "acknowledged"
+    REBUILT = "rebuilt"
+    PURGED = "purged"
+
+
+@dataclass(frozen=True)
+class Forget:
+    """A forget procedure: resumable, visible, idempotent by its request id.
+
+    `adapters` maps each adapter to the epoch that the forget gave it; `fence` is the fence number that servers,
+    dataflow workers and trainers acknowledge; `doomed` lists what purge must remove.
+    """
+
+    id: str
+    subject: str
+    everywhere: bool
+    adapters: dict[str, int]
+    fence: int
+    stage: Stage
+    at: str
+    actor: str
+    reason: str
+    body: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A process's right to act on what it has read. `acked` is the last fence that it has carried out."""
+
+    holder: str
+    kind: str
+    ttl: float
+    acked: int
+    renewed_at: str
