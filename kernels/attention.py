@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from riverdelta.kernels.device import use_triton
+
 
 def paged_attention_decode(
     q: Tensor,
@@ -18,10 +20,21 @@ def paged_attention_decode(
     """Softmax attention of `q` [batch, heads, dim] over each sequence's cached tokens, the new one included.
 
     `k_cache`, `v_cache` [blocks, block_size, kv_heads, dim]; `block_tables` int32 [batch, max_blocks];
-    `lengths` int32 [batch], tokens to attend to (0 gives a zero row); `window`: only the last so many of them (sliding
-    window). Heads share key-value heads in groups (GQA). Returns [batch, heads, dim] in q's dtype.
+    `lengths` int32 [batch], tokens to attend to (0 gives a zero row); `window`: only the last so many of them
+    (sliding window). Heads share key-value heads in groups (GQA). Returns [batch, heads, dim] in q's dtype.
+    On a GPU the work grows with `max_blocks`: pass the table's columns that the longest sequence needs, or a bucket.
     Paging after vLLM (Kwon et al., 2023).
     """
+    kv_heads, dim = k_cache.shape[2], q.shape[2]
+    if q.shape[1] % kv_heads or k_cache.shape[3] != dim or v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"q {list(q.shape)} needs caches [blocks, size, kv_heads, {dim}] whose kv_heads divide its heads, "
+            f"got {list(k_cache.shape)} and {list(v_cache.shape)}"
+        )
+    if use_triton(q) and k_cache.stride(3) == v_cache.stride(3) == 1:
+        from riverdelta.kernels import attention_triton
+
+        return attention_triton.decode(q, k_cache, v_cache, block_tables, lengths, scale, window)
     return _torch_decode(q, k_cache, v_cache, block_tables, lengths, scale, window)
 
 

@@ -15,7 +15,7 @@ half-precision weights and fp32 activations. torch: `torch.nn.functional.linear`
 
 
 class PackedLinear(nn.Module):
-    """``x @ weight.T + bias`` with `weight` [out, in] prepacked for `mode`; not trainable. fp32 in and out, or the mode's dtype."""
+    """``x @ weight.T + bias`` with `weight` [out, in] prepacked for `mode`; not trainable."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, mode: Mode = "fp32") -> None:
         super().__init__()
@@ -30,9 +30,7 @@ class PackedLinear(nn.Module):
                 weight.float(), None if bias is None else bias.float()
             )
         elif mode in ("fp32", "bf16"):
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(
-                weight.to(self.dtype).contiguous()
-            )
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous())
         else:
             self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.to(self.dtype)

@@ -47,9 +47,7 @@ class LoraPool:
         """`parts`: the merged sites' output widths, which sum to `out_features`; None means one part."""
         widths = tuple(parts) if parts is not None else (out_features,)
         if sum(widths) != out_features or min(widths, default=0) < 1:
-            raise ValueError(
-                f"parts {widths} do not sum to out_features {out_features}; pass each site's width"
-            )
+            raise ValueError(f"parts {widths} do not sum to out_features {out_features}; pass each site's width")
         if slots < 1 or max_rank < 1:
             raise ValueError(f"a pool needs slots >= 1 and max_rank >= 1, got {slots} and {max_rank}")
         self.slots, self.in_features, self.out_features = slots, in_features, out_features
@@ -84,18 +82,14 @@ class LoraPool:
     ) -> None:
         """Fill a clear slot: A [rank, in], B [out, rank], their product times `scale`.
 
-        A merged pool takes one A, B and scale per part, None where the adapter leaves that part alone; ranks may differ.
-        A slot's weights are immutable: writing to one that is not clear is an error.
+        A merged pool takes one A, B and scale per part, None where the adapter leaves that part alone; ranks may
+        differ. A slot's weights are immutable: writing to one that is not clear is an error.
         """
         if self._layouts[slot] != self._empty:
-            raise ValueError(
-                f"slot {slot} holds weights, which are immutable; clear() it once nothing refers to it"
-            )
+            raise ValueError(f"slot {slot} holds weights, which are immutable; clear() it once nothing refers to it")
         a_parts = [a] if isinstance(a, Tensor) else list(a)
         b_parts = [b] if isinstance(b, Tensor) else list(b)
-        scales = (
-            [float(s) for s in scale] if isinstance(scale, Sequence) else [float(scale)] * len(self.parts)
-        )
+        scales = [float(s) for s in scale] if isinstance(scale, Sequence) else [float(scale)] * len(self.parts)
         if not len(a_parts) == len(b_parts) == len(scales) == len(self.parts):
             raise ValueError(f"this site merges {len(self.parts)} parts; give an A, a B and a scale for each")
         offsets = [0]
@@ -134,7 +128,5 @@ class LoraPool:
                 f"got {list(a.shape)} and {list(b.shape)}"
             )
         if not 1 <= rank <= self.max_rank:
-            raise ValueError(
-                f"rank {rank} does not fit this pool's max_rank {self.max_rank}; build a larger pool"
-            )
+            raise ValueError(f"rank {rank} does not fit this pool's max_rank {self.max_rank}; build a larger pool")
         return rank

@@ -25,8 +25,8 @@ class Batch:
 class Segments:
     """Runs of consecutive rows, each of one slot (-1: no adapter).
 
-    On a GPU the runs live in a table of row tiles on the device, of fixed capacity, so a captured CUDA graph stays valid:
-    capture with `build(..., capacity=...)`, then `update()` before each replay.
+    On a GPU the runs live in a table of row tiles on the device, of fixed capacity, so a captured CUDA graph stays
+    valid: capture with `build(..., capacity=...)`, then `update()` before each replay.
     """
 
     def __init__(self, device: torch.device | str, capacity: int) -> None:
@@ -42,7 +42,7 @@ class Segments:
     def build(
         cls, runs: Sequence[tuple[int, int]], device: torch.device | str, *, capacity: int | None = None
     ) -> Segments:
-        """`runs`: (slot, number of rows) in row order. `capacity`: row tiles to keep room for, by default what `runs` needs."""
+        """`runs`: (slot, number of rows) in row order. `capacity`: row tiles to hold, by default what `runs` needs."""
         needed = sum(-(-rows // TILE_ROWS) for slot, rows in runs if slot >= 0)
         segments = cls(device, needed if capacity is None else capacity)
         segments.update(runs)
@@ -75,9 +75,7 @@ class Segments:
                     batches.append(Batch(slot, 1, row, rows))
             row += rows
         if len(tiles) > self.capacity:
-            raise ValueError(
-                f"{len(tiles)} row tiles do not fit a capacity of {self.capacity}; build larger Segments"
-            )
+            raise ValueError(f"{len(tiles)} row tiles do not fit a capacity of {self.capacity}; build larger Segments")
         self.runs, self.batches, self.rows = tuple(runs), tuple(batches), row
         if self.capacity:
             tiles += [(0, 0, 0)] * (self.capacity - len(tiles))

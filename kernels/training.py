@@ -14,16 +14,14 @@ def grouped_lora(
 ) -> Tensor:
     """The LoRA part of a site for a batch whose rows belong to several adapters: ``scale * (x A^T) B^T`` per group.
 
-    `x` [rows, in]; group i is the next `runs[i]` rows, with `a[i]` [rank_i, in] and `b[i]` [out, rank_i]; ranks may differ.
-    Returns [rows, out], to be added to the frozen site's output. Gradients flow to x and to every A and B.
+    `x` [rows, in]; group i is the next `runs[i]` rows, with `a[i]` [rank_i, in] and `b[i]` [out, rank_i]; ranks may
+    differ. Returns [rows, out], to be added to the frozen site's output. Gradients flow to x and to every A and B.
 
     Every product of a group has the group's own shape and freshly allocated operands, so the bits of its outputs and
     gradients depend neither on the other groups nor on how many there are.
     """
     if not len(a) == len(b) == len(scales) == len(runs):
-        raise ValueError(
-            f"{len(a)} A, {len(b)} B, {len(scales)} scales, {len(runs)} runs: give one of each per group"
-        )
+        raise ValueError(f"{len(a)} A, {len(b)} B, {len(scales)} scales, {len(runs)} runs: give one of each per group")
     if sum(runs) != x.shape[0]:
         raise ValueError(f"runs sum to {sum(runs)} but x has {x.shape[0]} rows")
     out: Tensor = _GroupedLora.apply(x, tuple(scales), tuple(runs), *a, *b)  # type: ignore[no-untyped-call]
@@ -32,9 +30,7 @@ def grouped_lora(
 
 class _GroupedLora(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scales: tuple[float, ...], runs: tuple[int, ...], *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], runs: tuple[int, ...], *weights: Tensor) -> Tensor:
         groups = len(runs)
         a, b = weights[:groups], weights[groups:]
         xs = _pieces(x, runs)
