@@ -1,1 +1,47 @@
 """The engine: scheduler, paged KV cache and adapters around a Hugging Face decoder."""
+
+from .config import EngineConfig
+from .engine import Engine
+from .errors import (
+    AdapterLoadFailed,
+    AdapterNotLoaded,
+    AdaptersHalted,
+    DuplicateRequest,
+    EngineStopped,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    VersionRevoked,
+)
+from .request import (
+    Event,
+    FinishEvent,
+    FinishReason,
+    GenerationRequest,
+    RequestHandle,
+    SamplingParams,
+    TokenEvent,
+    Usage,
+)
+
+__all__ = [
+    "AdapterLoadFailed",
+    "AdapterNotLoaded",
+    "AdaptersHalted",
+    "DuplicateRequest",
+    "Engine",
+    "EngineConfig",
+    "EngineStopped",
+    "Event",
+    "FinishEvent",
+    "FinishReason",
+    "GenerationRequest",
+    "InvalidRequest",
+    "PromptTooLong",
+    "QueueFull",
+    "RequestHandle",
+    "SamplingParams",
+    "TokenEvent",
+    "Usage",
+    "VersionRevoked",
+]

@@ -1,0 +1,135 @@
+"""Attention over the paged KV cache, as a function that Hugging Face's own attention modules call."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from riverdelta.core.errors import Unsupported
+from riverdelta.kernels import paged_attention_decode
+
+NAME = "riverdelta_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Part of one prompt: rows `first` to `first + count` of the step, at positions `start` on, with its cached
+    `context` (flat cache positions of tokens 0 to start + count)."""
+
+    first: int
+    count: int
+    start: int
+    context: Tensor
+
+
+@dataclass(slots=True)
+class StepContext:
+    """Where a step's rows live in the cache. Rows are decoding sequences first, then prompt chunks.
+
+    `positions` int64 [rows]: each row's flat place in the cache; `tables` int32 [decodes, blocks] and `lengths`
+    int32 [decodes] say what each decoding sequence attends to, its new token included.
+    """
+
+    cache: "KVCache"
+    positions: Tensor
+    tables: Tensor
+    lengths: Tensor
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+class KVCache:
+    """Keys and values of every layer: `k`, `v` [blocks, block_size, kv_heads, head_dim] each, made on first use."""
+
+    def __init__(self, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.blocks, self.block_size, self.dtype, self.device = blocks, block_size, dtype, device
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's cache, with the heads and widths of `k` and `v` [1, kv_heads, rows, dim]."""
+        if index not in self.layers:
+            self.layers[index] = (self._empty(k), self._empty(v))
+        return self.layers[index]
+
+    def zero(self, blocks: list[int]) -> None:
+        """Erase what the blocks hold."""
+        at = torch.tensor(blocks, device=self.device)
+        for k, v in self.layers.values():
+            k[at] = 0
+            v[at] = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all layers."""
+        return sum(t.nbytes for pair in self.layers.values() for t in pair)
+
+    def _empty(self, like: Tensor) -> Tensor:
+        shape = (self.blocks, self.block_size, like.shape[1], like.shape[3])
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    paged: StepContext | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: `query` [1, heads, rows, dim] over the cache, which takes `key` and `value`
+    [1, kv_heads, rows, dim] first. Returns [1, rows, heads, dim]."""
+    if paged is None:
+        raise RuntimeError(f"{NAME} attention runs only inside an engine's step")
+    if softcap is not None or s_aux is not None:
+        raise Unsupported(
+            f"{type(module).__name__} caps or biases its attention scores.",
+            "Serving has no path for that; choose another base model.",
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    k_cache, v_cache = paged.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    k_flat, v_flat = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    k_flat[paged.positions] = key[0].transpose(0, 1)
+    v_flat[paged.positions] = value[0].transpose(0, 1)
+    rows = query[0].transpose(0, 1)
+    decodes = paged.lengths.shape[0]
+    parts = []
+    if decodes:
+        args = (k_cache, v_cache, paged.tables, paged.lengths, scale, sliding_window)
+        parts.append(paged_attention_decode(rows[:decodes].contiguous(), *args))
+    for chunk in paged.chunks:
+        parts.append(_chunk(query, k_flat, v_flat, chunk, scale, sliding_window))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out[None], None
+
+
+def _chunk(query: Tensor, k_flat: Tensor, v_flat: Tensor, chunk: Chunk, scale: float, window: int | None) -> Tensor:
+    """Attention of one prompt chunk over its context: [count, heads, dim]."""
+    q = query[:, :, chunk.first : chunk.first + chunk.count]
+    context = chunk.context
+    offset = 0
+    if window is not None and (offset := max(0, chunk.start - window + 1)):
+        context = context[offset:]
+    k = k_flat[context].transpose(0, 1)[None]
+    v = v_flat[context].transpose(0, 1)[None]
+    plain = chunk.start == 0 and (window is None or chunk.count <= window)
+    mask = None
+    if not plain:
+        at = torch.arange(chunk.start, chunk.start + chunk.count, device=q.device)[:, None]
+        seen = torch.arange(offset, chunk.start + chunk.count, device=q.device)[None]
+        mask = seen <= at
+        if window is not None:
+            mask &= seen > at - window
+    out = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[0].transpose(0, 1)
+
+
+AttentionInterface.register(NAME, paged_attention)

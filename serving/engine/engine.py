@@ -1,0 +1,428 @@
+"""The engine: a step loop of its own around scheduler, model and adapters, safe to call from any thread."""
+
+import logging
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from .adapters import DeviceTier, HostTier, Source, read_adapter
+from .blocks import BlockPool
+from .config import EngineConfig
+from .errors import (
+    AdapterNotLoaded,
+    AdaptersHalted,
+    DuplicateRequest,
+    EngineStopped,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    VersionRevoked,
+)
+from .model import PagedModel
+from .request import FinishEvent, FinishReason, GenerationRequest, RequestHandle, TokenEvent, Usage
+from .sampling import Choice, RowSampler, choose
+from .scheduler import Limits, Scheduler, Sequence
+from .slots import SlotTable
+from .step import Step, build_step
+from .text import TextStream
+
+logger = logging.getLogger(__name__)
+
+# A step that fails this often in a row will not heal: better to be restarted.
+_MAX_FAILURES = 3
+
+
+@dataclass(eq=False, slots=True)
+class _Live:
+    """One admitted request until its FinishEvent."""
+
+    request: GenerationRequest
+    seq: Sequence
+    handle: RequestHandle
+    sampler: RowSampler
+    text: TextStream
+
+
+class Engine:
+    """Serves one base model and any number of LoRA versions, each known by its weights' digest."""
+
+    def __init__(self, model: PagedModel, tokenizer: Any, config: EngineConfig) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.model_config = model.config
+        self.max_model_len = min(config.max_model_len, model.max_positions)
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._pool = BlockPool(config.blocks)
+        self._slots = SlotTable(config.adapter_slots)
+        self._scheduler = Scheduler(Limits.of(config), self._pool, self._slots)
+        self._host = HostTier(config.host_adapter_bytes)
+        self._device = DeviceTier(model.sites)
+        self._live: dict[str, _Live] = {}
+        self._by_digest: Counter[str] = Counter()
+        self._revoked: set[str] = set()
+        self._draining: set[str] = set()
+        self._halted = False
+        # Guards everything above. The step itself runs outside it.
+        self._changed = threading.Condition()
+        self._in_step = False
+        self._loading: str | None = None
+        self._threads: list[threading.Thread] = []
+        self._running = False
+        self._failures = 0
+        self._totals: Counter[str] = Counter()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, config: EngineConfig | None = None) -> "Engine":
+        """An engine over a Hugging Face decoder folder; it has checked that its paged attention agrees with the
+        model's own. Progress goes to `logging`."""
+        config = config or EngineConfig()
+        model = PagedModel.from_pretrained(str(path), config)
+        model.check()
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        return cls(model, tokenizer, config)
+
+    def start(self) -> None:
+        """Start the step loop and the adapter loader."""
+        with self._changed:
+            if self._running:
+                return
+            self._running = True
+            self._failures = 0
+            self._threads = [
+                threading.Thread(target=self._step_loop, name="engine-steps", daemon=True),
+                threading.Thread(target=self._load_loop, name="engine-loads", daemon=True),
+            ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End every request with `engine_stopped` and join the threads."""
+        self._break("the server is stopping")
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the step loop runs."""
+        return self._running
+
+    # Weights
+
+    def load(self, digest: str, source: Source) -> None:
+        """Register a version: reads it now into host memory, and again whenever memory no longer has it.
+
+        Raises `VersionRevoked`, `Unsupported` with the reason, or what `source` raises.
+        """
+        with self._changed:
+            self._refuse_revoked(digest)
+            if digest in self._host.sources:
+                self._draining.discard(digest)
+                return
+        adapter = self._read(source)
+        with self._changed:
+            self._refuse_revoked(digest)
+            self._draining.discard(digest)
+            self._host.put(digest, source, adapter)
+
+    def unload(self, digest: str) -> None:
+        """Take no new requests for a version; its weights go when its last sequence ends."""
+        with self._changed:
+            if digest in self._host.sources:
+                self._draining.add(digest)
+                self._drop_drained(digest)
+
+    def revoke(self, digests: Collection[str]) -> None:
+        """Fence versions off for good. On return no step can produce a token from them, what their answers had not
+        delivered is dropped, and their weights, KV blocks and cached prefixes are erased from memory."""
+        with self._changed:
+            self._revoked.update(digests)
+            for live in [x for x in self._live.values() if x.request.digest in self._revoked]:
+                message = "The version that wrote this answer was revoked."
+                self._cut(live, "version_revoked", VersionRevoked.code, message)
+            self._changed.wait_for(lambda: not self._in_step and self._loading not in digests)
+            for digest in digests:
+                self._draining.discard(digest)
+                self._erase(digest)
+
+    def halt_adapters(self, on: bool) -> None:
+        """Cut and refuse every request but the base's until lifted: for a server that lost its lease."""
+        with self._changed:
+            self._halted = on
+            if on:
+                for live in [x for x in self._live.values() if x.request.digest is not None]:
+                    self._cut(live, "error", AdaptersHalted.code, "This server may not serve adapters for now.")
+
+    # Requests
+
+    def submit(self, request: GenerationRequest) -> RequestHandle:
+        """Queue a request. Raises an error of `errors` when it cannot be served, which its message explains."""
+        self._check(request)
+        seed = request.sampling.seed
+        sampler = RowSampler(
+            request.sampling,
+            secrets.randbits(63) if seed is None else seed,
+            request.prompt_ids,
+            self.model.vocab_size,
+            self.config.device,
+        )
+        seq = Sequence(
+            request_id=request.request_id,
+            key=request.fairness_key,
+            digest=request.digest,
+            salt=request.cache_salt,
+            tokens=list(request.prompt_ids),
+            prompt_len=len(request.prompt_ids),
+        )
+        handle = RequestHandle(request.request_id, lambda: self._cancel(request.request_id))
+        text = TextStream(self._backend, request.prompt_ids, request.sampling.stop)
+        with self._changed:
+            self._admit(request)
+            self._live[request.request_id] = _Live(request, seq, handle, sampler, text)
+            if request.digest is not None:
+                self._by_digest[request.digest] += 1
+            self._scheduler.add(seq)
+            self._totals["requests"] += 1
+            self._changed.notify_all()
+        return handle
+
+    def stats(self) -> dict[str, Any]:
+        """A snapshot for metrics and for `/v1/adapters`: queue, blocks, tokens, and each version's tier and holds."""
+        with self._changed:
+            return {
+                "healthy": self._running,
+                "halted": self._halted,
+                "running": len(self._scheduler.running),
+                "waiting": self._scheduler.queued(),
+                "preemptions": self._scheduler.preemptions,
+                "kv_blocks": {
+                    "total": self._pool.num_blocks,
+                    "free": self._pool.free,
+                    "cached": self._pool.cached,
+                },
+                "totals": {name: self._totals[name] for name in _TOTALS},
+                "adapters": {
+                    digest: {
+                        "tier": "device"
+                        if self._slots.ready(digest)
+                        else "host"
+                        if self._host.get(digest)
+                        else "store",
+                        "slot": self._slots.slot(digest),
+                        "requests": self._by_digest[digest],
+                        "draining": digest in self._draining,
+                    }
+                    for digest in self._host.sources
+                },
+                "host_bytes": self._host.nbytes,
+                "revoked": len(self._revoked),
+            }
+
+    # Inside: requests
+
+    def _check(self, request: GenerationRequest) -> None:
+        request.sampling.check(self.model.vocab_size)
+        prompt, limit = request.prompt_ids, self.max_model_len
+        if not prompt:
+            raise InvalidRequest("The prompt is empty.", "Send at least one token.")
+        if len(prompt) + request.sampling.max_tokens > limit:
+            raise PromptTooLong(
+                f"The prompt's {len(prompt)} tokens and {request.sampling.max_tokens} of answer exceed {limit}.",
+                "Shorten the prompt or lower max_tokens.",
+            )
+        if not all(0 <= t < self.model.vocab_size for t in prompt):
+            raise InvalidRequest("The prompt has token ids outside the vocabulary.", "Use this model's tokenizer.")
+
+    def _admit(self, request: GenerationRequest) -> None:
+        if not self._running:
+            raise EngineStopped("The engine is not running.", "Try again shortly.")
+        if request.request_id in self._live:
+            raise DuplicateRequest(f"Request {request.request_id} is already running.", "Use a new id.")
+        if request.digest is not None:
+            self._refuse_revoked(request.digest)
+            if self._halted:
+                raise AdaptersHalted("This server may not serve adapters for now.", "Try again, or ask for base.")
+            if request.digest not in self._host.sources or request.digest in self._draining:
+                raise AdapterNotLoaded(
+                    f"No weights {request.digest[:12]} are loaded.", "Ask for the adapter by its name."
+                )
+        queued = self._scheduler.queued
+        if queued() >= self.config.max_queue or queued(request.fairness_key) >= self.config.max_queue_per_key:
+            raise QueueFull("Too many requests are waiting.", "Try again later.")
+
+    def _cancel(self, request_id: str) -> None:
+        with self._changed:
+            live = self._live.get(request_id)
+            if live is not None:
+                self._end(live, "cancelled")
+
+    def _end(self, live: _Live, reason: FinishReason, code: str | None = None, message: str | None = None) -> None:
+        live.handle.push(self._retire(live, reason, code, message))
+
+    def _cut(self, live: _Live, reason: FinishReason, code: str, message: str) -> None:
+        live.handle.cut(self._retire(live, reason, code, message))
+
+    def _retire(self, live: _Live, reason: FinishReason, code: str | None, message: str | None) -> FinishEvent:
+        self._scheduler.finish(live.seq)
+        digest = live.request.digest
+        del self._live[live.request.request_id]
+        if digest is not None:
+            self._by_digest[digest] -= 1
+            self._drop_drained(digest)
+        usage = Usage(live.seq.prompt_len, live.seq.answer_len, live.seq.cached_tokens or 0)
+        self._totals["prompt_tokens"] += usage.prompt_tokens
+        self._totals["cached_tokens"] += usage.cached_tokens
+        self._totals[f"finished_{reason}"] += 1
+        return FinishEvent(reason, usage, digest, code, message)
+
+    # Inside: weights
+
+    def _refuse_revoked(self, digest: str) -> None:
+        if digest in self._revoked:
+            raise VersionRevoked(f"Version {digest[:12]} was revoked.", "Ask for the adapter's live version.")
+
+    def _read(self, source: Source) -> Any:
+        pin = self.model.device.type == "cuda"
+        return read_adapter(source, self.model.linears, self.config.max_rank, self.model.dtype, pin)
+
+    def _drop_drained(self, digest: str) -> None:
+        if digest in self._draining and self._by_digest[digest] == 0 and self._loading != digest:
+            self._draining.discard(digest)
+            self._host.drop(digest)
+            self._slots.drop(digest)
+            self._pool.forget(digest)
+
+    def _erase(self, digest: str) -> None:
+        self._host.drop(digest)
+        slot = self._slots.drop(digest)
+        if slot is not None:
+            self._device.clear(slot)
+        if blocks := self._pool.forget(digest):
+            self.model.cache.zero(blocks)
+
+    def _load_loop(self) -> None:
+        """Bring adapters into the slots that the scheduler gave them."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._slots.to_load or not self._running)
+                if not self._running:
+                    return
+                digest = self._slots.to_load.popleft()
+                slot, adapter = self._slots.slot(digest), self._host.get(digest)
+                source = self._host.sources.get(digest)
+                self._loading = digest
+            error: Exception | None = None
+            try:
+                if adapter is None:
+                    if source is None:
+                        raise AdapterNotLoaded(f"No weights {digest[:12]} are loaded.")
+                    adapter = self._read(source)
+                assert slot is not None
+                self._device.clear(slot)
+                self._device.write(slot, adapter)
+            except Exception as failed:
+                logger.exception("Adapter %s could not be loaded", digest[:12])
+                error = failed
+            with self._changed:
+                self._loading = None
+                if error is None and adapter is not None:
+                    self._slots.loaded(digest)
+                    if digest in self._host.sources and digest not in self._revoked:
+                        self._host.keep(digest, adapter)
+                else:
+                    for live in [x for x in self._live.values() if x.request.digest == digest]:
+                        self._end(live, "error", "adapter_load_failed", f"The version could not be loaded: {error}")
+                    self._slots.drop(digest)
+                self._drop_drained(digest)
+                self._changed.notify_all()
+
+    # Inside: steps
+
+    def _step_loop(self) -> None:
+        while True:
+            with self._changed:
+                step = None
+                while self._running and step is None:
+                    work = self._scheduler.plan()
+                    if self._slots.to_load:
+                        self._changed.notify_all()
+                    if work:
+                        step = build_step(work, self._slots, self.model.cache)
+                    else:
+                        self._changed.wait()
+                if step is None:
+                    return
+                self._in_step = True
+                samplers = [self._live[w.seq.request_id].sampler for w in step.sampled]
+            choices: list[Choice] | None = None
+            try:
+                choices = self._run(step, samplers)
+            except Exception:
+                logger.exception("A step of %d sequences failed", len(step.work))
+            with self._changed:
+                self._in_step = False
+                if choices is None:
+                    self._fail(step)
+                else:
+                    self._failures = 0
+                    self._scheduler.commit(step.work)
+                    self._totals["steps"] += 1
+                    self._emit(step, choices)
+                self._changed.notify_all()
+                if self._failures >= _MAX_FAILURES:
+                    logger.error("%d steps failed in a row: the engine stops", self._failures)
+                    self._running = False
+            if not self._running:
+                self._break("the engine failed")
+                return
+
+    def _run(self, step: Step, samplers: list[RowSampler]) -> list[Choice]:
+        logits = self.model.step(step.tokens, step.positions, step.context, step.segments, step.keep)
+        if not step.sampled:
+            return []
+        return choose(logits, samplers, [w.seq.answer_len for w in step.sampled])
+
+    def _emit(self, step: Step, choices: list[Choice]) -> None:
+        now = time.monotonic()
+        for item, choice in zip(step.sampled, choices, strict=True):
+            live = self._live.get(item.seq.request_id)
+            if live is None or live.seq is not item.seq:
+                continue  # cut while the step ran
+            params = live.request.sampling
+            item.seq.tokens.append(choice.token)
+            live.sampler.accept(choice.token)
+            self._totals["answer_tokens"] += 1
+            reason: FinishReason | None = None
+            if choice.token in self.model.eos and not params.ignore_eos:
+                reason, text = "stop", live.text.flush()
+            else:
+                text = live.text.push(choice.token)
+                if live.text.stopped:
+                    reason = "stop"
+                elif item.seq.answer_len >= params.max_tokens:
+                    reason, text = "length", text + live.text.flush()
+            live.handle.push(TokenEvent(choice.token, text, choice.logprob, choice.top, live.request.digest, now))
+            if reason is not None:
+                self._end(live, reason)
+
+    def _fail(self, step: Step) -> None:
+        self._failures += 1
+        for item in step.work:
+            live = self._live.get(item.seq.request_id)
+            if live is not None and live.seq is item.seq:
+                self._end(live, "error", "internal_error", "The step that computed this answer failed.")
+
+    def _break(self, why: str) -> None:
+        with self._changed:
+            self._running = False
+            for live in list(self._live.values()):
+                self._end(live, "error", EngineStopped.code, f"The answer was cut off: {why}.")
+            self._changed.notify_all()
+
+
+_TOTALS = ("requests", "steps", "prompt_tokens", "cached_tokens", "answer_tokens")
