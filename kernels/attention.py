@@ -64,5 +64,5 @@ def _torch_decode(
     hidden = hidden[:, None, None]
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)
     # Blocks beyond a sequence's length may hold anything, NaN included: keep it out of the sum.
-    v = v.masked_fill(hidden.transpose(2, 3)[:, 0], 0.0)
+    v = v.masked_fill(hidden.transpose(2, 3), 0.0)
     return torch.matmul(weights.to(q.dtype), v).reshape(batch, heads, dim)
