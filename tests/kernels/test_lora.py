@@ -1,0 +1,112 @@
+"""The PyTorch path of lora_delta, its pools and its segments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from riverdelta.kernels import LoraPool, Segments, lora_delta
+
+RAGGED = [(-1, 2), (0, 2), (1, 2), (2, 1), (0, 17), (-1, 1), (2, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", [0, 32])
+def test_ragged_runs_match_float64(make_case, dtype, padding):
+    case = make_case([(8,), (8,), (5,)], RAGGED, dtype=dtype, padding=padding)
+    out = case.out.clone()
+    assert lora_delta(case.x, case.pool, case.segments(), out) is out
+    case.check(out)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 7, 16, 64, 256])
+def test_ranks(make_case, rank):
+    case = make_case([(rank,)], [(0, 3)], max_rank=256)
+    case.check(lora_delta(case.x, case.pool, case.segments(), case.out.clone()))
+
+
+def test_merged_parts_of_different_ranks(make_case):
+    ranks = [(8, 8, 8), (8, 8, 8), (4, 16, 1), (0, 3, 0), (0, 0, 0)]
+    case = make_case(ranks, [(0, 2), (1, 2), (2, 2), (3, 1), (4, 2)], parts=(64, 16, 16))
+    case.check(lora_delta(case.x, case.pool, case.segments(), case.out.clone()))
+
+
+def test_rows_without_adapter_keep_their_bits(make_case):
+    case = make_case([(8,)], [(-1, 2), (0, 1), (-1, 2)])
+    out = case.out.clone()
+    out[0], out[4] = float("nan"), float("inf")
+    before = out.clone()
+    lora_delta(case.x, case.pool, case.segments(), out)
+    for row in (0, 1, 3, 4):
+        assert torch.equal(out[row].view(torch.int32), before[row].view(torch.int32))
+
+
+def test_nothing_happens_without_adapters(make_case):
+    case = make_case([(8,)], [(-1, 3)])
+    assert case.segments().empty
+    assert torch.equal(lora_delta(case.x, case.pool, case.segments(), case.out.clone()), case.out)
+    empty = Segments.build([], "cpu")
+    assert empty.empty
+    assert empty.rows == 0
+    lora_delta(case.x[:0], case.pool, empty, case.out[:0])
+
+
+def test_like_slots_in_order_make_one_batch():
+    segments = Segments.build([(4, 2), (5, 2), (6, 2), (6, 1), (7, 1), (-1, 1), (8, 1)], "cpu")
+    assert [(b.first_slot, b.n_slots, b.first_row, b.rows_each) for b in segments.batches] == [
+        (4, 3, 0, 2),
+        (6, 2, 6, 1),
+        (8, 1, 9, 1),
+    ]
+
+
+def test_segments_tile_long_runs_and_refuse_what_does_not_fit():
+    segments = Segments.build([(3, 33)], "cpu", capacity=4)
+    assert segments.tiles.tolist() == [[3, 0, 16], [3, 16, 16], [3, 32, 1], [0, 0, 0]]
+    segments.update([(1, 2)])
+    assert segments.tiles.tolist() == [[1, 0, 2], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    with pytest.raises(ValueError, match="capacity of 4"):
+        segments.update([(0, 100)])
+    with pytest.raises(ValueError, match="slots are >= -1"):
+        segments.update([(-2, 1)])
+
+
+def test_a_slot_is_immutable_until_cleared():
+    pool = LoraPool(2, 8, 4, 4)
+    pool.write(0, torch.ones(2, 8), torch.ones(4, 2), 1.0)
+    with pytest.raises(ValueError, match="immutable"):
+        pool.write(0, torch.ones(2, 8), torch.ones(4, 2), 1.0)
+    pool.clear(0)
+    assert pool.layout(0).rank == 0
+    assert not pool.a[0].any()
+    pool.write(0, torch.ones(4, 8), torch.ones(4, 4), 1.0)
+    assert pool.layout(0).rank == 4
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "complaint"),
+    [
+        ((5, 8), (4, 5), "max_rank"),
+        ((2, 7), (4, 2), "wants A"),
+        ((2, 8), (4, 3), "wants A"),
+        ((0, 8), (4, 0), "rank 0"),
+    ],
+)
+def test_weights_that_do_not_fit_leave_the_slot_clear(a, b, complaint):
+    pool = LoraPool(1, 8, 4, 4)
+    with pytest.raises(ValueError, match=complaint):
+        pool.write(0, torch.ones(a), torch.ones(b), 1.0)
+    assert pool.layout(0).rank == 0
+    assert not pool.a.any()
+
+
+def test_wrong_calls_say_what_to_do(make_case):
+    case = make_case([(8,)], [(0, 3)])
+    with pytest.raises(ValueError, match="cover 3 rows"):
+        lora_delta(case.x[:2], case.pool, case.segments(), case.out)
+    with pytest.raises(ValueError, match="one dtype"):
+        lora_delta(case.x.half(), case.pool, case.segments(), case.out)
+    with pytest.raises(ValueError, match="maps 96 -> 80"):
+        lora_delta(case.x[:, :90], case.pool, case.segments(), case.out)
+    with pytest.raises(ValueError, match="sum to out_features"):
+        LoraPool(1, 8, 9, 4, parts=(4, 4))
