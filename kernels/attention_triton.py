@@ -122,7 +122,7 @@ def _decode_join(
         norm = norm * keep + other_norm * add
         total = total * keep[:, None] + other * add[:, None]
         best = higher
-    result = tl.where(norm[:, None] > 0, total / norm[:, None], 0.0)
+    result = total / tl.where(norm > 0, norm, 1.0)[:, None]
     out_at = out_ptr + (place * GROUP + group)[:, None] * DIM + dims[None, :]
     tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=(group < GROUP)[:, None] & (dims < DIM)[None, :])
 

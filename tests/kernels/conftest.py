@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 @dataclass
 class Case:
-    """A pool with adapters in its slots, an input, an output that already holds something, and the answer in float64."""
+    """A pool with adapters, an input, an output that already holds something, and the answer in float64."""
 
     pool: LoraPool
     adapters: list[tuple[list[Tensor | None], list[Tensor | None], list[float]]]

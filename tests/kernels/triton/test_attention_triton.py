@@ -31,11 +31,9 @@ def _inputs(lengths, *, heads=4, kv_heads=2, dim=32, block_size=16, device="cpu"
 
 def _expected(q, dense, scale, window):
     rows = []
-    for query, (k, v) in zip(q.cpu().double(), dense, strict=True):
-        if window is not None:
-            k, v = k[-window:], v[-window:]
-        group = query.shape[0] // k.shape[1]
-        k, v = (t.double().repeat_interleave(group, dim=1) for t in (k, v))
+    for query, cached in zip(q.cpu().double(), dense, strict=True):
+        seen = [t[-window:] if window is not None else t for t in cached]
+        k, v = (t.double().repeat_interleave(query.shape[0] // t.shape[1], dim=1) for t in seen)
         weights = (torch.einsum("hd,thd->ht", query, k) * scale).softmax(-1)
         rows.append(torch.einsum("ht,thd->hd", weights, v))
     return torch.stack(rows)
