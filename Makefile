@@ -34,7 +34,7 @@ check: setup ## Lint, format, types, import rules, doctests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy -p riverdelta
 	@$(BIN)/lint-imports
-	@$(BIN)/pytest --doctest-modules -q core registry streams trainer/layout.py -p no:cacheprovider
+	@$(BIN)/pytest --doctest-modules -q src/riverdelta --ignore-glob="*/migrations/*"
 
 soak: setup ## Long kill and load tests
 	@$(BIN)/pytest -m soak --timeout 3600
