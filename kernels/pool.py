@@ -69,9 +69,10 @@ class LoraPool:
     def uniform(self, first: int, last: int) -> bool:
         """Whether slots first..last hold the same ranks and scales, so that one batched product serves them."""
         key = (first, last)
-        if key not in self._uniform:
-            self._uniform[key] = len(set(self._layouts[first : last + 1])) == 1
-        return self._uniform[key]
+        known = self._uniform.get(key)  # one look: another thread may be writing to another slot
+        if known is None:
+            known = self._uniform[key] = len(set(self._layouts[first : last + 1])) == 1
+        return known
 
     def write(
         self,
