@@ -70,6 +70,9 @@ class HostTier:
             self._held.move_to_end(digest)
         return self._held.get(digest)
 
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._held
+
     def drop(self, digest: str) -> None:
         """Forget `digest` altogether."""
         self.sources.pop(digest, None)

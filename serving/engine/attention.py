@@ -53,6 +53,7 @@ class KVCache:
             self.layers[index] = (self._empty(k), self._empty(v))
         return self.layers[index]
 
+    @torch.inference_mode()
     def zero(self, blocks: list[int]) -> None:
         """Erase what the blocks hold."""
         at = torch.tensor(blocks, device=self.device)

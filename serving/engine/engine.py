@@ -67,6 +67,7 @@ class Engine:
         self._by_digest: Counter[str] = Counter()
         self._revoked: set[str] = set()
         self._draining: set[str] = set()
+        self._to_erase: set[str] = set()
         self._halted = False
         # Guards everything above. The step itself runs outside it.
         self._changed = threading.Condition()
@@ -145,10 +146,12 @@ class Engine:
             for live in [x for x in self._live.values() if x.request.digest in self._revoked]:
                 message = "The version that wrote this answer was revoked."
                 self._cut(live, "version_revoked", VersionRevoked.code, message)
-            self._changed.wait_for(lambda: not self._in_step and self._loading not in digests)
-            for digest in digests:
-                self._draining.discard(digest)
-                self._erase(digest)
+            # The step loop erases between two steps, when nothing reads what it erases.
+            self._to_erase.update(digests)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._to_erase.isdisjoint(digests) or self._idle)
+            if self._idle:
+                self._erase_due()
 
     def halt_adapters(self, on: bool) -> None:
         """Cut and refuse every request but the base's until lifted: for a server that lost its lease."""
@@ -208,11 +211,7 @@ class Engine:
                 "totals": {name: self._totals[name] for name in _TOTALS},
                 "adapters": {
                     digest: {
-                        "tier": "device"
-                        if self._slots.ready(digest)
-                        else "host"
-                        if self._host.get(digest)
-                        else "store",
+                        "tier": "device" if self._slots.ready(digest) else "host" if digest in self._host else "store",
                         "slot": self._slots.slot(digest),
                         "requests": self._by_digest[digest],
                         "draining": digest in self._draining,
@@ -297,13 +296,21 @@ class Engine:
             self._slots.drop(digest)
             self._pool.forget(digest)
 
-    def _erase(self, digest: str) -> None:
-        self._host.drop(digest)
-        slot = self._slots.drop(digest)
-        if slot is not None:
-            self._device.clear(slot)
-        if blocks := self._pool.forget(digest):
-            self.model.cache.zero(blocks)
+    @property
+    def _idle(self) -> bool:
+        return not self._running and not self._in_step and self._loading is None
+
+    def _erase_due(self) -> None:
+        for digest in [d for d in self._to_erase if d != self._loading]:
+            self._to_erase.discard(digest)
+            self._draining.discard(digest)
+            self._host.drop(digest)
+            slot = self._slots.drop(digest)
+            if slot is not None:
+                self._device.clear(slot)
+            if blocks := self._pool.forget(digest):
+                self.model.cache.zero(blocks)
+            self._changed.notify_all()
 
     def _load_loop(self) -> None:
         """Bring adapters into the slots that the scheduler gave them."""
@@ -348,6 +355,7 @@ class Engine:
             with self._changed:
                 step = None
                 while self._running and step is None:
+                    self._erase_due()
                     work = self._scheduler.plan()
                     if self._slots.to_load:
                         self._changed.notify_all()

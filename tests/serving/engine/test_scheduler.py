@@ -1,0 +1,192 @@
+"""The scheduler under random traffic: no block or slot leaks, every request ends, no key is starved."""
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from riverdelta.serving.engine.blocks import BlockPool, extend_keys, root_key
+from riverdelta.serving.engine.scheduler import Limits, Scheduler, Sequence
+from riverdelta.serving.engine.slots import SlotTable
+
+BLOCK = 4
+
+
+class World:
+    """A scheduler and the part of the engine that drives it, with a model that writes its own names into blocks."""
+
+    def __init__(self, limits: Limits, blocks: int, slots: int) -> None:
+        self.pool = BlockPool(blocks)
+        self.slots = SlotTable(slots)
+        self.scheduler = Scheduler(limits, self.pool, self.slots)
+        self.wanted: dict[str, int] = {}
+        self.live: dict[str, Sequence] = {}
+        # What each cache place holds: the whole prefix up to its token.
+        self.memory: dict[int, tuple] = {}
+        self.served: Counter[str] = Counter()
+
+    def add(self, name: str, key: str, digest: str | None, prompt: list[int], answer: int) -> None:
+        seq = Sequence(name, key, digest, "", list(prompt), len(prompt))
+        self.wanted[name] = answer
+        self.live[name] = seq
+        self.scheduler.add(seq)
+
+    def load_adapters(self) -> None:
+        while self.slots.to_load:
+            self.slots.loaded(self.slots.to_load.popleft())
+
+    def step(self, load: bool = True) -> bool:
+        work = self.scheduler.plan()
+        if load:
+            self.load_adapters()
+        self.check(work)
+        for w in work:
+            for p in range(w.start, w.start + w.count):
+                self.memory[self.place(w.seq, p)] = (w.seq.digest, *w.seq.tokens[: p + 1])
+        for w in work:
+            for p in range(w.start + w.count):
+                held = self.memory[self.place(w.seq, p)]
+                assert held == (w.seq.digest, *w.seq.tokens[: p + 1]), "attends to another's or a stale token"
+        self.scheduler.commit(work)
+        for w in work:
+            if w.samples:
+                w.seq.tokens.append(sum(w.seq.tokens) % 3)
+                self.served[w.seq.key] += 1
+                if w.seq.answer_len == self.wanted[w.seq.request_id]:
+                    self.end(w.seq.request_id)
+        return bool(work)
+
+    def end(self, name: str) -> None:
+        self.scheduler.finish(self.live.pop(name))
+
+    def place(self, seq: Sequence, position: int) -> int:
+        return seq.blocks[position // BLOCK] * BLOCK + position % BLOCK
+
+    def check(self, work: list) -> None:
+        s = self.scheduler
+        assert len(s.running) <= s.limits.max_batch
+        assert len({w.seq.request_id for w in work}) == len(work)
+        holds = Counter(b for seq in s.running for b in seq.blocks)
+        assert all(holds[b] == self.pool.refs[b] for b in range(self.pool.num_blocks))
+        assert sum(r == 0 for r in self.pool.refs) == self.pool.free
+        assert sum(w.count for w in work if w.count > 1) <= s.limits.prefill_chunk
+        for w in work:
+            written = {w.seq.blocks[p // BLOCK] for p in range(w.start, w.start + w.count)}
+            assert all(self.pool.refs[b] == 1 for b in written), "writes to a shared block"
+            assert w.seq.digest is None or self.slots.ready(w.seq.digest)
+        slot_holds = Counter(seq.digest for seq in self.live.values() if seq.holds_slot)
+        assert all(self.slots.refs(d) == n for d, n in slot_holds.items())
+
+    def idle(self) -> None:
+        assert self.pool.free == self.pool.num_blocks
+        assert not self.scheduler.running
+        assert not self.scheduler.waiting
+        assert not self.scheduler.paid
+
+
+requests = st.lists(
+    st.tuples(
+        st.sampled_from("xyz"),
+        st.sampled_from([None, "a", "b", "c"]),
+        st.integers(0, 2).flatmap(lambda t: st.lists(st.integers(t, 2), min_size=1, max_size=24)),
+        st.integers(1, 12),
+        st.integers(0, 3),
+        st.sampled_from([None, None, None, 1, 4]),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests,
+    st.integers(1, 5),
+    st.integers(9, 30),
+    st.integers(1, 4),
+    st.sampled_from([4, 8, 12]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_request_ends_and_nothing_leaks(traffic, batch, blocks, slots, chunk, cache, fixed):
+    world = World(Limits(batch, BLOCK, chunk, cache, fixed), blocks, slots)
+    for n, (key, digest, prompt, answer, steps, cancel) in enumerate(traffic):
+        world.add(str(n), key, digest, prompt, answer)
+        for _ in range(steps):
+            world.step(load=n % 3 != 0)
+        if cancel is not None and str(n - cancel) in world.live:
+            world.end(str(n - cancel))
+    for _ in range(3000):
+        if not world.live:
+            break
+        world.step()
+    assert not world.live, "a request never ended"
+    world.step()
+    world.idle()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 30), st.integers(1, 12), st.integers(1, 12))
+def test_a_flooding_key_takes_no_more_than_its_share(batch, flood, long, short):
+    world = World(Limits(batch * 2, BLOCK, 16), 400, 1)
+    for n in range(flood * batch):
+        world.add(f"f{n}", "flood", None, [1] * 8, long)
+    for _ in range(5):
+        world.step()
+    for n in range(batch):
+        world.add(f"v{n}", "victim", None, [2] * 8, short)
+    # Two keys, a batch with a place for each victim in its half, a prompt chunk for two prompts a step.
+    for _ in range(short + batch):
+        world.step()
+    assert not any(name.startswith("v") for name in world.live)
+
+
+def test_a_preempted_sequence_resumes_from_the_cache():
+    world = World(Limits(4, BLOCK, 64), 9, 1)
+    for n in range(3):
+        world.add(str(n), "k", None, [n] * 10, 20)
+    while world.live:
+        world.step()
+    assert world.scheduler.preemptions > 0
+    world.idle()
+
+
+def test_a_prefix_is_shared_within_weights_and_salt_only():
+    world = World(Limits(4, BLOCK, 64), 40, 2)
+    cached = {}
+    for name, digest in (("1", None), ("2", None), ("3", "a"), ("4", "a"), ("5", "b")):
+        world.add(name, "k", digest, [1] * 13, 1)
+        seq = world.live[name]
+        while world.live:
+            world.step()
+        cached[name] = seq.cached_tokens
+    assert cached == {"1": 0, "2": 12, "3": 0, "4": 12, "5": 0}
+    assert root_key(None, "x") != root_key(None, "y")
+
+
+def test_forgetting_weights_drops_their_blocks_only():
+    world = World(Limits(4, BLOCK, 64), 40, 2)
+    for name, digest in (("1", "a"), ("2", "b")):
+        world.add(name, "k", digest, [1] * 13, 6)
+    while world.live:
+        world.step()
+    cached = world.pool.cached
+    assert len(world.pool.forget("a")) == 5
+    assert world.pool.cached == cached - 4
+    keys: list[bytes] = []
+    extend_keys(keys, root_key("a", ""), [1] * 12, BLOCK)
+    assert world.pool.match(keys) == []
+    assert world.pool.forget("a") == []
+
+
+def test_slots_evict_the_least_recently_used_that_nobody_holds():
+    table = SlotTable(2)
+    for digest in "ab":
+        assert table.acquire(digest)
+        table.loaded(digest)
+    assert not table.acquire("c")
+    table.release("b")
+    table.release("a")
+    assert table.acquire("c")
+    assert table.slot("b") is None
+    assert table.slot("a") is not None
+    assert not table.ready("c")
