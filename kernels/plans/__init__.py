@@ -42,7 +42,7 @@ def site_key(in_features: int, parts: tuple[int, ...], max_rank: int) -> str:
 
 def plan_for(pool: LoraPool) -> Plan:
     """The measured plan of this site on this GPU, or one worked out from its widths."""
-    return _plan(_architecture(pool.device), pool.in_features, pool.parts, pool.max_rank)
+    return _plan(architecture(pool.device), pool.in_features, pool.parts, pool.max_rank)
 
 
 def default_plan(in_features: int, parts: tuple[int, ...], max_rank: int) -> Plan:
@@ -61,9 +61,9 @@ def default_plan(in_features: int, parts: tuple[int, ...], max_rank: int) -> Pla
     )
 
 
-def write_plans(architecture: str, plans: dict[str, Plan], folder: Path | None = None) -> Path:
+def write_plans(arch: str, plans: dict[str, Plan], folder: Path | None = None) -> Path:
     """Merge measured plans into the architecture's file and return its path."""
-    path = (folder or Path(__file__).parent) / f"{architecture}.json"
+    path = (folder or Path(__file__).parent) / f"{arch}.json"
     merged = _read(path) | {key: asdict(plan) for key, plan in plans.items()}
     path.write_text(json.dumps(dict(sorted(merged.items())), indent=1) + "\n")
     _table.cache_clear()
@@ -72,18 +72,19 @@ def write_plans(architecture: str, plans: dict[str, Plan], folder: Path | None =
 
 
 @cache
-def _plan(architecture: str, in_features: int, parts: tuple[int, ...], max_rank: int) -> Plan:
-    found = _table(architecture).get(site_key(in_features, parts, max_rank))
+def _plan(arch: str, in_features: int, parts: tuple[int, ...], max_rank: int) -> Plan:
+    found = _table(arch).get(site_key(in_features, parts, max_rank))
     return found or default_plan(in_features, parts, max_rank)
 
 
 @cache
-def _table(architecture: str) -> dict[str, Plan]:
+def _table(arch: str) -> dict[str, Plan]:
     return {key: Plan(**fields) for key, fields in _read(Path(__file__).parent / f"{architecture}.json").items()}
 
 
 @cache
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
+    """`sm90` and so on; a CPU is its own architecture."""
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
