@@ -4,6 +4,7 @@
 'sqlite:////tmp/d/ledger.db'
 """
 
+import json
 import os
 import secrets
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic_settings import (
 from .errors import BadInput
 
 FILE = "riverdelta.toml"
+UP_FILE = "up.json"  # in the data folder, written by `riverdelta up`
 
 
 class _Part(BaseModel):
@@ -29,7 +31,11 @@ class _Part(BaseModel):
 class Kafka(_Part):
     """The one description of the cluster, mapped to both clients."""
 
-    bootstrap: str = Field("", description="host:port, comma separated; empty means the embedded broker")
+    bootstrap: str = Field(
+        "",
+        description="host:port, comma separated; empty means what KAFKA_BOOTSTRAP_SERVERS names, "
+        "else the broker that `riverdelta up` runs for the data folder",
+    )
     security: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = ""
     username: str = ""
@@ -189,7 +195,11 @@ class Settings(BaseSettings):
                 if not Path(config).is_file():
                     raise BadInput(f"There is no settings file {config}.", "RIVERDELTA_CONFIG names it.")
                 os.environ["RIVERDELTA_CONFIG"] = config
-            return cls(**given)
+            settings = cls(**given)
+            if not settings.kafka.bootstrap:
+                known = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "") or settings.running().get("bootstrap", "")
+                settings.kafka = settings.kafka.model_copy(update={"bootstrap": known})
+            return settings
         except ValidationError as error:
             problems = "; ".join(
                 f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)
@@ -200,6 +210,14 @@ class Settings(BaseSettings):
         finally:
             if config is not None:
                 os.environ["RIVERDELTA_CONFIG"] = config
+
+    def running(self) -> dict[str, str]:
+        """What the last `riverdelta up` on the data folder told its clients: `bootstrap`, `embedded`, `serving`."""
+        try:
+            held = json.loads((self.data / UP_FILE).read_text())
+        except (OSError, ValueError):
+            return {}
+        return {str(key): str(value) for key, value in held.items()} if isinstance(held, dict) else {}
 
     @property
     def ledger_url(self) -> str:
