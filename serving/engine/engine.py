@@ -139,7 +139,7 @@ class Engine:
                 self._drop_drained(digest)
 
     def revoke(self, digests: Collection[str]) -> None:
-        """Fence versions off for good. On return no step can produce a token from them, what their answers had not
+        """Fence versions off until `reinstate`. On return no step can produce a token from them, what their answers had not
         delivered is dropped, and their weights, KV blocks and cached prefixes are erased from memory."""
         with self._changed:
             self._revoked.update(digests)
@@ -152,6 +152,11 @@ class Engine:
             self._changed.wait_for(lambda: self._to_erase.isdisjoint(digests) or self._idle)
             if self._idle:
                 self._erase_due()
+
+    def reinstate(self, digests: Collection[str]) -> None:
+        """Let revoked weights be loaded again: a rebuild without what was forgotten came out at the same bytes."""
+        with self._changed:
+            self._revoked.difference_update(digests)
 
     def halt_adapters(self, on: bool) -> None:
         """Cut and refuse every request but the base's until lifted: for a server that lost its lease."""
