@@ -235,6 +235,12 @@ class Settings(BaseSettings):
         return self.registry.store or f"file://{self.data.absolute()}/store"
 
     @property
+    def serving_url(self) -> str:
+        """Where the server listens."""
+        host = self.serving.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.serving.port}"
+
+    @property
     def keys_dir(self) -> Path:
         """Folder of secrets, never inside the data folder."""
         folder = (self.keys or self.data.with_name(f"{self.data.name}-keys")).absolute()
