@@ -38,10 +38,38 @@ class StepContext:
     tables: Tensor
     lengths: Tensor
     chunks: list[Chunk] = field(default_factory=list)
+    _windows: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def window(self, size: int | None) -> tuple[Tensor, Tensor]:
+        """What decoding rows see through a sliding window: blocks int64 [decodes, n], and what to add to their
+        scores [decodes, 1, 1, n * block_size]. Every layer of that window shares it."""
+        if size not in self._windows:
+            self._windows[size] = self._window(size)
+        return self._windows[size]
+
+    def _window(self, size: int | None) -> tuple[Tensor, Tensor]:
+        block, device = self.cache.block_size, self.tables.device
+        lengths = self.lengths[:, None].long()
+        width = -(-int(self.lengths.max()) // block)
+        index = torch.arange(width, device=device)[None].expand(len(lengths), -1)
+        if size is not None and (seen := size // block + 2) < width:
+            index = torch.arange(seen, device=device)[None] + (lengths - size).clamp_min(0) // block
+        at = (index[:, :, None] * block + torch.arange(block, device=device)).flatten(1)
+        hidden = at >= lengths
+        if size is not None:
+            hidden |= at < lengths - size
+        tables = self.tables.long().gather(1, index.clamp_max(self.tables.shape[1] - 1))
+        # A block past a sequence's end may be another's: what is hidden must also be finite.
+        tables = torch.where(index * block < lengths, tables, self.cache.blocks)
+        bias = torch.zeros(at.shape, dtype=self.cache.dtype, device=device).masked_fill_(hidden, float("-inf"))
+        return tables, bias[:, None, None]
 
 
 class KVCache:
-    """Keys and values of every layer: `k`, `v` [blocks, block_size, kv_heads, head_dim] each, made on first use."""
+    """Keys and values of every layer: `k`, `v` [blocks + 1, block_size, kv_heads, head_dim], made on first use.
+
+    The last block stays zero, for tables to point to where a sequence has no block.
+    """
 
     def __init__(self, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.blocks, self.block_size, self.dtype, self.device = blocks, block_size, dtype, device
@@ -55,11 +83,11 @@ class KVCache:
 
     @torch.inference_mode()
     def zero(self, blocks: list[int]) -> None:
-        """Erase what the blocks hold."""
+        """Erase what the blocks hold: values of whoever held them last must not meet another's mask as NaN."""
         at = torch.tensor(blocks, device=self.device)
         for k, v in self.layers.values():
-            k[at] = 0
-            v[at] = 0
+            k.index_fill_(0, at, 0)
+            v.index_fill_(0, at, 0)
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +95,7 @@ class KVCache:
         return sum(t.nbytes for pair in self.layers.values() for t in pair)
 
     def _empty(self, like: Tensor) -> Tensor:
-        shape = (self.blocks, self.block_size, like.shape[1], like.shape[3])
+        shape = (self.blocks + 1, self.block_size, like.shape[1], like.shape[3])
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
@@ -96,18 +124,36 @@ def paged_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     k_cache, v_cache = paged.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
     k_flat, v_flat = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    k_flat[paged.positions] = key[0].transpose(0, 1)
-    v_flat[paged.positions] = value[0].transpose(0, 1)
-    rows = query[0].transpose(0, 1)
-    decodes = paged.lengths.shape[0]
+    dtype = k_cache.dtype
+    query = query.to(dtype)
+    k_flat.index_copy_(0, paged.positions, key[0].transpose(0, 1).to(dtype))
+    v_flat.index_copy_(0, paged.positions, value[0].transpose(0, 1).to(dtype))
     parts = []
-    if decodes:
-        args = (k_cache, v_cache, paged.tables, paged.lengths, scale, sliding_window)
-        parts.append(paged_attention_decode(rows[:decodes].contiguous(), *args))
+    if decodes := paged.lengths.shape[0]:
+        rows = query[0, :, :decodes].transpose(0, 1)
+        parts.append(_decode(rows, k_cache, v_cache, paged, scale, sliding_window))
     for chunk in paged.chunks:
         parts.append(_chunk(query, k_flat, v_flat, chunk, scale, sliding_window))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out[None], None
+    return out[None].to(value.dtype), None
+
+
+def _decode(
+    rows: Tensor, k_cache: Tensor, v_cache: Tensor, paged: StepContext, scale: float, window: int | None
+) -> Tensor:
+    """Attention of one new token a sequence: `rows` and the result are [decodes, heads, dim]."""
+    if rows.is_cuda:
+        args = (k_cache, v_cache, paged.tables, paged.lengths, scale, window)
+        return paged_attention_decode(rows.contiguous(), *args)
+    tables, bias = paged.window(window)
+    count, heads, dim = rows.shape
+    kv_heads = k_cache.shape[2]
+    flat = tables.flatten()
+    k = k_cache.flatten(1).index_select(0, flat).view(count, -1, kv_heads, dim).transpose(1, 2)
+    v = v_cache.flatten(1).index_select(0, flat).view(count, -1, kv_heads, dim).transpose(1, 2)
+    # The heads of a group attend to the same keys: to the operator they are rows of one query.
+    q = rows.reshape(count, kv_heads, heads // kv_heads, dim)
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).reshape(count, heads, dim)
 
 
 def _chunk(query: Tensor, k_flat: Tensor, v_flat: Tensor, chunk: Chunk, scale: float, window: int | None) -> Tensor:

@@ -32,6 +32,7 @@ class BlockPool:
         self._key: list[bytes | None] = [None] * num_blocks
         self._owner: list[str | None] = [None] * num_blocks
         self._by_key: dict[bytes, int] = {}
+        self._fresh: list[int] = []
         # Blocks nobody holds, the one to be overwritten first in front.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
@@ -64,6 +65,11 @@ class BlockPool:
                 del self._free[block]
             self.refs[block] += 1
         return [*shared, *(self._take_one(owner) for _ in range(fresh))]
+
+    def drain_fresh(self) -> list[int]:
+        """Blocks handed out since the last call, which still contain what they held before."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
 
     def publish(self, block: int, key: bytes) -> bool:
         """Offer a full block to sequences with the same prefix; False if its content is on offer already."""
@@ -98,6 +104,7 @@ class BlockPool:
         self._unname(block)
         self._owner[block] = owner
         self.refs[block] = 1
+        self._fresh.append(block)
         return block
 
     def _unname(self, block: int) -> None:

@@ -365,6 +365,8 @@ class Engine:
                     if self._slots.to_load:
                         self._changed.notify_all()
                     if work:
+                        if fresh := self._pool.drain_fresh():
+                            self.model.cache.zero(fresh)
                         step = build_step(work, self._slots, self.model.cache)
                     else:
                         self._changed.wait()

@@ -76,10 +76,11 @@ class PagedModel:
         self.max_positions = int(getattr(self.config, "max_position_embeddings", None) or config.max_model_len)
         self.eos = _eos_ids(self.hf)
         self.runtime = Runtime(self.device)
-        self.cache = attention.KVCache(config.blocks, config.block_size, self.dtype, self.device)
         self.linears: dict[str, tuple[int, int]] = {}
         self.sites: dict[tuple[str, ...], LoraPool] = {}
         self._wrap(config)
+        cache_dtype = torch.bfloat16 if self.mode == "bf16" else self.dtype
+        self.cache = attention.KVCache(config.blocks, config.block_size, cache_dtype, self.device)
 
     @classmethod
     def from_pretrained(cls, path: str, config: EngineConfig) -> "PagedModel":

@@ -122,7 +122,7 @@ def test_no_token_of_a_revoked_version_after_the_fence(engines):
         seen = []
         reader = threading.Thread(target=lambda h=handle, s=seen: s.extend(h))
         reader.start()
-        until(lambda s=seen: len(s) > n)
+        until(lambda s=seen, n=n: len(s) > n)
         engine.revoke([digest])
         fence = time.monotonic()
         reader.join()
