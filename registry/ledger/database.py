@@ -1,16 +1,19 @@
 """The database under the ledger: engines, transactions, migrations, and what a lost connection looks like."""
 
-from collections.abc import Iterator
+import fcntl
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.dialects import postgresql, sqlite
 
 from riverdelta.core.errors import Corrupt, Unavailable
 
 MIGRATIONS = Path(__file__).with_name("migrations")
+NEWEST = "0001"  # the last revision in migrations/versions
 
 
 class Database:
@@ -25,7 +28,9 @@ class Database:
         if self.sqlite:
             event.listen(self._engine, "connect", _set_up_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
-        self._reader = self._engine.execution_options(reading=True)
+        self._reader = self._engine.execution_options(
+            reading=True, **({} if self.sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True})
+        )
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
@@ -39,16 +44,65 @@ class Database:
         with _told(self.url), self._reader.begin() as connection:
             yield connection
 
+    def put(
+        self,
+        connection: sa.Connection,
+        table: sa.Table,
+        key: Mapping[str, Any],
+        values: Mapping[str, Any],
+        replace: bool = True,
+    ) -> bool:
+        """Insert a row; where its key exists, replace its values or leave them. Whether a row was written."""
+        dialect: Any = sqlite if self.sqlite else postgresql
+        insert = dialect.insert(table).values(**key, **values)
+        if replace:
+            insert = insert.on_conflict_do_update(index_elements=list(key), set_=dict(values))
+        else:
+            insert = insert.on_conflict_do_nothing(index_elements=list(key))
+        return bool(connection.execute(insert).rowcount > 0)
+
+    @contextmanager
+    def exclusive(self, name: str) -> Iterator[bool]:
+        """Whether this process alone now does what `name` says; held until the block ends or the process dies."""
+        if self.sqlite:
+            with Path(f"{sa.make_url(self.url).database}.{name}.lock").open("w") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    yield False
+                else:
+                    yield True
+        else:
+            with _told(self.url), self._engine.connect() as opened:
+                connection = opened.execution_options(isolation_level="AUTOCOMMIT")
+                lock = sa.select(sa.func.pg_try_advisory_lock(sa.func.hashtext(name)))
+                won = bool(connection.execute(lock).scalar())
+                try:
+                    yield won
+                finally:
+                    if won:
+                        connection.execute(sa.select(sa.func.pg_advisory_unlock(sa.func.hashtext(name))))
+
     def migrate(self) -> None:
         """Create the tables, or bring an older ledger's up to date."""
+        if self._revision() == NEWEST:
+            return
         from alembic import command
         from alembic.config import Config
 
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS))
         with self.write() as connection:
+            if not self.sqlite:  # processes that start together migrate one after the other
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext("migrate"))))
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+    def _revision(self) -> str | None:
+        with self.read() as connection:
+            if not sa.inspect(connection).has_table("ledger_version"):
+                return None
+            return connection.execute(sa.text("SELECT version_num FROM ledger_version")).scalar()
 
     def close(self) -> None:
         """Close every connection."""

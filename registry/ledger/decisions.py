@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from riverdelta.core.errors import Conflict, NotFound, Refused, StaleEpoch
+from riverdelta.core.errors import BadInput, Conflict, NotFound, Refused, StaleEpoch
 
 from .records import AdapterRecord, Cause, Outcome, SegmentRecord, VersionRecord
 
 Versions = Mapping[int, VersionRecord]
+_REJECTED = (Cause.GATE, Cause.ERROR)
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,50 @@ def newest_clean(versions: Versions, number: int, dirty: Iterable[int] = ()) -> 
     return 0
 
 
-def learned(versions: Versions, number: int) -> dict[int | None, int]:
-    """The segments that a version and its ancestors trained on, each with the version that did."""
-    return {versions[v].segment: v for v in lineage(versions, number)}
+@dataclass(frozen=True)
+class Line:
+    """What a version and its ancestors made of the segments: `trained` by which version, `rejected` on which parent.
+    `root` is the imported version that it began with, 0 for the base.
+    """
+
+    root: int
+    trained: dict[int, int]
+    rejected: dict[int, int]
+
+    @classmethod
+    def of(cls, versions: Versions, number: int) -> "Line":
+        """The line that ends in a version."""
+        root, trained, used = 0, dict[int, int](), dict[int, int]()
+        for version in map(versions.__getitem__, reversed(lineage(versions, number))):
+            if version.segment is None:
+                root = version.number
+            else:
+                trained[version.segment] = version.number
+            for segment in version.saw:
+                used.setdefault(segment, version.parent)
+        return cls(root, trained, {segment: parent for segment, parent in used.items() if segment not in trained})
+
+    @property
+    def segments(self) -> set[int]:
+        """Every segment that the line learned or decided on."""
+        return self.trained.keys() | self.rejected.keys()
+
+    def place(self, segment: SegmentRecord) -> SegmentRecord | None:
+        """The segment with its outcome in this line; None when the line says nothing about it."""
+        if segment.number in self.trained:
+            version = self.trained[segment.number]
+            return replace(segment, outcome=Outcome.TRAINED, version=version, cause=Cause.NONE, note="")
+        if segment.number in self.rejected:
+            cause = segment.cause if segment.cause in _REJECTED else Cause.GATE
+            version = self.rejected[segment.number]
+            return replace(segment, outcome=Outcome.SET_ASIDE, version=version, cause=cause)
+        return None
 
 
 def decide_seal(adapter: AdapterRecord, epoch: int, first: int, count: int, tombstones: int, trigger: str) -> Change:
     """Append a segment: `StaleEpoch` after a forget, `Conflict` when another owner has appended."""
+    if count < 1:
+        raise BadInput("A segment needs an entry.", "Seal when there is one.")
     if epoch != adapter.epoch:
         raise StaleEpoch(
             f"{adapter.name} is at epoch {adapter.epoch}, the segment at {epoch}.",
@@ -65,8 +103,8 @@ def decide_seal(adapter: AdapterRecord, epoch: int, first: int, count: int, tomb
     )
 
 
-def check_work(adapter: AdapterRecord, segment: SegmentRecord, epoch: int, parent: int) -> None:
-    """Refuse an outcome for work that the ledger has moved past."""
+def check_work(adapter: AdapterRecord, segment: SegmentRecord, first: int | None, epoch: int, parent: int) -> None:
+    """Refuse an outcome for work that the ledger has moved past. `first` is the first segment that awaits one."""
     if epoch != adapter.epoch:
         raise StaleEpoch(
             f"{adapter.name} is at epoch {adapter.epoch}, the work at {epoch}.", "Drop it and start again."
@@ -75,14 +113,18 @@ def check_work(adapter: AdapterRecord, segment: SegmentRecord, epoch: int, paren
         raise Conflict(f"{adapter.name} builds on version {adapter.tip}, not {parent}.", "Drop it and start again.")
     if segment.outcome is not Outcome.AWAITING:
         raise Conflict(f"Segment {segment.number} of {adapter.name} is {segment.outcome}.", "Look for other work.")
+    if segment.number != first:
+        raise Conflict(f"Segment {first} of {adapter.name} comes before {segment.number}.", "Take segments in order.")
 
 
-def decide_increment(adapter: AdapterRecord, segment: SegmentRecord, epoch: int, parent: int, digest: str) -> Change:
+def decide_increment(
+    adapter: AdapterRecord, segment: SegmentRecord, first: int | None, epoch: int, parent: int, digest: str
+) -> Change:
     """Accept a candidate: it becomes the tip and, as nothing else holds the release, the release.
 
     While a rollback holds the release only a rebuild awaits, and the hold moves to the rebuilt version.
     """
-    check_work(adapter, segment, epoch, parent)
+    check_work(adapter, segment, first, epoch, parent)
     number = adapter.next_version
     held = None if adapter.held is None else number
     return Change(
@@ -96,10 +138,13 @@ def decide_increment(adapter: AdapterRecord, segment: SegmentRecord, epoch: int,
 
 
 def decide_set_aside(
-    adapter: AdapterRecord, segment: SegmentRecord, epoch: int, parent: int, cause: Cause, note: str
+    adapter: AdapterRecord, segment: SegmentRecord, first: int | None, epoch: int, parent: int, cause: Cause, note: str
 ) -> Change:
     """Record that a segment was not learned, and why; the next increment builds on the same parent."""
-    check_work(adapter, segment, epoch, parent)
+    check_work(adapter, segment, first, epoch, parent)
+    if cause not in _REJECTED:
+        raise BadInput(f"A trainer cannot set aside for {cause!r}.", "Give gate or error.")
+    note = note.replace("\0", "")[:500]
     return Change(
         adapter,
         (("set_aside", {"segment": segment.number, "parent": parent, "cause": str(cause), "note": note}),),
@@ -107,19 +152,16 @@ def decide_set_aside(
     )
 
 
-def find_version(adapter: AdapterRecord, versions: Versions, number: int) -> VersionRecord:
-    """A version that may be released; `NotFound` or `Refused` otherwise."""
+def releasable(adapter: AdapterRecord, versions: Versions, number: int) -> str:
+    """The digest of a version that may be released (empty for 0, the base); `NotFound` or `Refused` otherwise."""
+    if number == 0:
+        return ""
+    hint = f"`riverdelta registry show {adapter.name}` lists what can be released."
     if number not in versions:
-        raise NotFound(
-            f"{adapter.name} has no version {number}.",
-            f"`riverdelta registry show {adapter.name}` lists them.",
-        )
+        raise NotFound(f"{adapter.name} has no version {number}.", hint)
     if versions[number].revoked:
-        raise Refused(
-            f"{adapter.name}@{number} is revoked: it saw what was since forgotten.",
-            f"`riverdelta registry show {adapter.name}` lists what can be released.",
-        )
-    return versions[number]
+        raise Refused(f"{adapter.name}@{number} is revoked: it saw what was since forgotten.", hint)
+    return versions[number].digest
 
 
 def decide_release(adapter: AdapterRecord, versions: Versions, number: int) -> Change:
@@ -129,10 +171,10 @@ def decide_release(adapter: AdapterRecord, versions: Versions, number: int) -> C
             f"{adapter.name} is held at version {adapter.held}.",
             "Resume it first, or roll back to the version.",
         )
-    version = find_version(adapter, versions, number)
+    digest = releasable(adapter, versions, number)
     return Change(
         replace(adapter, release=number),
-        (("release", {"from": adapter.release, "to": number, "digest": version.digest}),),
+        (("release", {"from": adapter.release, "to": number, "digest": digest}),),
     )
 
 
@@ -140,101 +182,104 @@ def decide_rollback(
     adapter: AdapterRecord, versions: Versions, segments: Iterable[SegmentRecord], number: int
 ) -> Change:
     """Move the release to a version and hold it there; what is not in that version's lineage is set aside."""
-    version = find_version(adapter, versions, number)
-    trained = learned(versions, number)
+    digest = releasable(adapter, versions, number)
+    line = Line.of(versions, number)
     changed = []
     for segment in segments:
-        if segment.number in trained:
-            if segment.outcome is not Outcome.TRAINED or segment.version != trained[segment.number]:
-                changed.append(
-                    replace(
-                        segment,
-                        outcome=Outcome.TRAINED,
-                        version=trained[segment.number],
-                        cause=Cause.NONE,
-                        note="",
-                    )
-                )
-        elif segment.outcome in (Outcome.TRAINED, Outcome.AWAITING):
-            changed.append(replace(segment, outcome=Outcome.SET_ASIDE, version=None, cause=Cause.ROLLBACK, note=""))
-    aside = [segment.number for segment in changed if segment.outcome is Outcome.SET_ASIDE]
+        after = line.place(segment)
+        if after is None and segment.outcome in (Outcome.TRAINED, Outcome.AWAITING):
+            after = replace(segment, outcome=Outcome.SET_ASIDE, version=None, cause=Cause.ROLLBACK, note="")
+        elif after is None and segment.cause in _REJECTED:
+            after = replace(segment, version=None)  # the line that rejected it is no longer the adapter's
+        if after is not None and after != segment:
+            changed.append(after)
+    body = {
+        "from": adapter.release,
+        "to": number,
+        "digest": digest,
+        "index": adapter.next_index,
+        "set_aside": [segment.number for segment in changed if segment.cause is Cause.ROLLBACK],
+    }
+    held_tip = adapter.tip if adapter.held is None else adapter.held_tip
     return Change(
-        replace(
-            adapter,
-            release=number,
-            tip=number,
-            held=number,
-            held_tip=adapter.tip if adapter.held is None else adapter.held_tip,
-        ),
-        (
-            (
-                "rollback",
-                {
-                    "from": adapter.release,
-                    "to": number,
-                    "digest": version.digest,
-                    "index": adapter.next_index,
-                    "set_aside": aside,
-                },
-            ),
-        ),
+        replace(adapter, release=number, tip=number, held=number, held_tip=held_tip),
+        (("rollback", body),),
         tuple(changed),
     )
 
 
-def decide_resume(
-    adapter: AdapterRecord,
-    versions: Versions,
-    segments: Iterable[SegmentRecord],
-    mode: Literal["continue", "replay", "tip"],
-) -> Change:
-    """End a hold: continue with new segments only, replay what was set aside, or go back to the newest version."""
+Mode = Literal["continue", "replay", "tip"]
+
+
+def decide_resume(adapter: AdapterRecord, versions: Versions, segments: Iterable[SegmentRecord], mode: Mode) -> Change:
+    """End a hold: continue with new segments only, replay what was set aside, or go back to the newest version.
+
+    `tip` means the line that the rollback left. Where a forget has revoked its end since, what is missing of it awaits
+    training again, on the longest clean stretch of it that there is.
+    """
     if adapter.held is None:
         raise Conflict(f"{adapter.name} is not held.", "Only a rolled-back adapter can be resumed.")
     tip = adapter.tip
+    left = Line.of(versions, adapter.held_tip or 0)
     if mode == "tip":
-        before = newest_clean(versions, adapter.held_tip or 0)
-        if not learned(versions, before).keys() <= learned(versions, tip).keys():  # a rebuild may have overtaken it
-            tip = before
-    trained = learned(versions, tip)
+        tip = _longest_clean(versions, left, (adapter.held_tip or 0, adapter.tip))
+    line = Line.of(versions, tip)
     changed = []
     for segment in segments:
-        if segment.number in trained:
-            if segment.outcome is not Outcome.TRAINED or segment.version != trained[segment.number]:
-                changed.append(
-                    replace(
-                        segment,
-                        outcome=Outcome.TRAINED,
-                        version=trained[segment.number],
-                        cause=Cause.NONE,
-                        note="",
-                    )
-                )
-        elif segment.outcome is Outcome.TRAINED:
-            # Only `tip` moves to another branch; what the held branch alone had learned is learned again.
-            changed.append(replace(segment, outcome=Outcome.AWAITING, version=None, cause=Cause.NONE, note=""))
-        elif segment.outcome is Outcome.SET_ASIDE and segment.cause in (Cause.HOLD, Cause.ROLLBACK):
-            if mode == "continue":
-                changed.append(replace(segment, cause=Cause.LEFT))
-            else:
-                changed.append(replace(segment, outcome=Outcome.AWAITING, version=None, cause=Cause.NONE, note=""))
-    digest = versions[tip].digest if tip else ""
+        after = line.place(segment)
+        if after is None and (segment.outcome is not Outcome.AWAITING):
+            if mode == "tip":
+                after = _return(segment, left)
+            elif _behind(segment):
+                after = replace(segment, cause=Cause.LEFT, version=None) if mode == "continue" else _awaiting(segment)
+        if after is not None and after != segment:
+            changed.append(after)
+    body = {
+        "mode": mode,
+        "from": adapter.release,
+        "to": tip,
+        "digest": versions[tip].digest if tip else "",
+        "index": adapter.next_index,
+    }
     return Change(
         replace(adapter, release=tip, tip=tip, held=None, held_tip=None),
-        (
-            (
-                "resume",
-                {
-                    "mode": mode,
-                    "from": adapter.release,
-                    "to": tip,
-                    "digest": digest,
-                    "index": adapter.next_index,
-                },
-            ),
-        ),
+        (("resume", body),),
         tuple(changed),
     )
+
+
+def _awaiting(segment: SegmentRecord) -> SegmentRecord:
+    return replace(segment, outcome=Outcome.AWAITING, version=None, cause=Cause.NONE, note="")
+
+
+def _behind(segment: SegmentRecord) -> bool:
+    """Whether a hold or a rollback, and not a decision that stands, keeps a segment from being learned."""
+    return segment.cause in (Cause.HOLD, Cause.ROLLBACK) or (segment.cause in _REJECTED and segment.version is None)
+
+
+def _return(segment: SegmentRecord, left: Line) -> SegmentRecord | None:
+    """A segment that the resumed stretch does not hold, as the line that the rollback left would have it."""
+    if segment.number in left.segments:
+        return _awaiting(segment)  # revoked since: rebuild it
+    if segment.cause is Cause.LEFT:
+        return None
+    if segment.number < max(left.segments, default=0):
+        # Segments are learned in order, so the line had passed it over; only the held branch took it up.
+        return replace(segment, outcome=Outcome.SET_ASIDE, version=None, cause=Cause.LEFT, note="")
+    return _awaiting(segment)
+
+
+def _longest_clean(versions: Versions, left: Line, ends: Iterable[int]) -> int:
+    """The clean version, of these and their ancestors, that has gone furthest along a line and nowhere else."""
+    found, length = left.root, 0
+    wanted = sorted(left.segments)
+    for number in dict.fromkeys(ancestor for end in ends for ancestor in lineage(versions, end)):
+        here = Line.of(versions, number)
+        steps = sorted(here.segments)
+        along = here.root == left.root and steps == wanted[: len(steps)]
+        if along and len(steps) > length and not versions[number].revoked:
+            found, length = number, len(steps)
+    return found
 
 
 def dirty_versions(versions: Versions, touched: Iterable[int]) -> set[int]:
@@ -253,54 +298,42 @@ def decide_forget(
     versions: Versions,
     segments: Iterable[SegmentRecord],
     touched: Iterable[int],
-    subject: str,
-    request: str,
+    about: Mapping[str, Any],
 ) -> Change:
     """Raise the epoch, revoke every version that saw the touched segments, move the release to the newest that
-    did not, and let what was learned since await its rebuild.
+    did not, and let what was learned since await its rebuild. `about` joins the fact.
 
     Operators' acts stay: a held release is held at the version that the rebuild makes of it, and a decision
-    (a gate's, an error's) that was taken on a revoked parent is taken again.
+    (a gate's, an error's) that was taken on a revoked parent is taken again. Where nothing is touched, only the epoch
+    moves: entries that are not sealed yet may be the subject's.
     """
     touched = set(touched)
-    dirty = dirty_versions(versions, touched)
-    tip = newest_clean(versions, adapter.tip, dirty)
-    release = newest_clean(versions, adapter.release, dirty)
-    kept = set(lineage(versions, tip))
-    rebuild = {versions[v].segment for v in lineage(versions, adapter.tip) if v not in kept}
+    dirty = dirty_versions(versions, touched) if touched else set()
+    tip = newest_clean(versions, adapter.tip, dirty) if dirty else adapter.tip
+    release = newest_clean(versions, adapter.release, dirty) if dirty else adapter.release
+    gone = set(lineage(versions, adapter.tip)) - set(lineage(versions, tip)) if dirty else set()
+    rebuild = {versions[v].segment for v in gone}
     changed = []
     for segment in segments:
         # `touched` holds here even on a clean parent: the content that the decision used has changed.
-        redecide = segment.cause in (Cause.GATE, Cause.ERROR) and (
-            segment.version in dirty or segment.number in touched
-        )
-        if segment.number in rebuild or redecide:
-            changed.append(replace(segment, outcome=Outcome.AWAITING, version=None, cause=Cause.NONE, note=""))
+        stands = segment.cause in _REJECTED and segment.version is not None
+        if segment.number in rebuild or (stands and (segment.version in dirty or segment.number in touched)):
+            changed.append(_awaiting(segment))
     revoked = tuple(sorted(v for v in dirty if not versions[v].revoked))
+    body = {
+        **about,
+        "epoch": adapter.epoch + 1,
+        "index": adapter.next_index,
+        "segments": sorted(touched),
+        "revoked": list(revoked),
+        "from": adapter.release,
+        "to": release,
+        "rebuild": [segment.number for segment in changed],
+    }
+    held = None if adapter.held is None else tip
     return Change(
-        replace(
-            adapter,
-            epoch=adapter.epoch + 1,
-            tip=tip,
-            release=release,
-            held=None if adapter.held is None else tip,
-        ),
-        (
-            (
-                "forget",
-                {
-                    "request": request,
-                    "subject": subject,
-                    "epoch": adapter.epoch + 1,
-                    "index": adapter.next_index,
-                    "segments": sorted(touched),
-                    "revoked": list(revoked),
-                    "from": adapter.release,
-                    "to": release,
-                    "rebuild": [segment.number for segment in changed],
-                },
-            ),
-        ),
+        replace(adapter, epoch=adapter.epoch + 1, tip=tip, release=release, held=held),
+        (("forget", body),),
         tuple(changed),
         revoked,
     )

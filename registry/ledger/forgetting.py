@@ -1,23 +1,36 @@
 """Forget in the ledger: the fence's one transaction, the procedure's record, suppression and its end."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import sqlalchemy as sa
 
-from riverdelta.core.errors import BadInput
+from riverdelta.core.errors import BadInput, Conflict, NotFound
 from riverdelta.core.telemetry import now
 
 from . import decisions
 from . import tables as t
-from .decisions import Change
+from .decisions import Change, Versions
 from .leases import Leases
 from .records import AdapterRecord, Forget, Stage
 from .rows import forget_of
 
 EVERYWHERE = "*"
 _ORDER = list(Stage)
+_HASH = re.compile(r"[0-9a-f]{64}")
+_CHUNK = 500  # values in one IN list
+
+
+@dataclass
+class _Reach:
+    """How far a forget reaches into one adapter: the segments that hold erased entries, the versions that saw them."""
+
+    head: AdapterRecord
+    versions: Versions
+    touched: set[int] = field(default_factory=set)
+    dirty: set[int] = field(default_factory=set)
 
 
 class Forgetting(Leases):
@@ -28,30 +41,38 @@ class Forgetting(Leases):
     ) -> Forget:
         """The fence: suppress, raise epochs, revoke, move releases, all in one transaction.
 
-        `adapters` None means every adapter, those to come included. A request id seen before changes nothing and
-        gives the procedure as it stands.
+        `adapters` None means every adapter, those to come included. An adapter that is not named is drawn in where it
+        learned from text that a version revoked here wrote. A request id seen before changes nothing and gives the
+        procedure as it stands.
         """
         if not request or len(request) > 128:
             raise BadInput("A forget needs a request id of 1 to 128 characters.", "Use a fresh one for each request.")
+        if not _HASH.fullmatch(subject):
+            raise BadInput("A subject is stored only as its keyed hash.", "Hash it with core.keys.SubjectKey first.")
+        if adapters is not None and not adapters:
+            raise BadInput("A forget names at least one adapter.", "Name adapters, or ask for all of them.")
         with self.db.write() as c:
+            self._lock_all(c)
             held = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request)).first()
             if held is not None:
                 return forget_of(held)
-            fence = self._last_fence(c, lock=True) + 1
             names = sorted(set(adapters)) if adapters is not None else self._names(c)
-            epochs: dict[str, int] = {}
-            doomed: list[dict[str, Any]] = []
-            digests: set[str] = set()
             for name in names:
-                head = self._adapter(c, name, lock=True)
-                doomed.append(self._forget_one(c, head, subject, request, actor, reason))
-                digests.update(doomed[-1]["digests"])
-                epochs[name] = head.epoch + 1
+                self._adapter(c, name)
+            reaches, writers = self._reach(c, subject, names)
+            epochs, doomed = {}, []
+            for name in sorted({*names, *reaches}):
+                reach = reaches.get(name) or _Reach(self._adapter(c, name), {})
+                mentions = {subject} | writers if name in names else writers
+                part = self._forget_one(c, reach, mentions, {"request": request, "subject": subject}, actor, reason)
+                epochs[name] = reach.head.epoch + 1
+                if reach.touched:
+                    doomed.append(part)
             for name in names if adapters is not None else [EVERYWHERE]:
                 self._suppress(c, name, subject)
-            at = now()
-            # Equal weights may be a clean version's too (nothing learned between): only what none may serve is fenced.
-            digests -= self._clean_digests(c, digests)
+            digests = {digest for part in doomed for digest in part["digests"]}
+            digests -= self._clean_digests(c, digests, {})
+            at, fence = now(), self._last_fence(c) + 1
             c.execute(t.fences.insert().values(number=fence, at=at, digests=sorted(digests)))
             forget = Forget(
                 request,
@@ -68,74 +89,109 @@ class Forgetting(Leases):
             c.execute(t.forgets.insert().values(asdict(forget)))
         return forget
 
-    def _forget_one(
-        self, c: sa.Connection, head: AdapterRecord, subject: str, request: str, actor: str, reason: str
-    ) -> dict[str, Any]:
-        """Erase in the manifests to a fixed point: what a revoked version wrote must not be learned from either."""
-        versions = self._versions(c, head.name)
-        mentions = {subject}
-        touched: set[int] = set()
+    def _reach(self, c: sa.Connection, subject: str, names: Sequence[str]) -> tuple[dict[str, _Reach], set[str]]:
+        """The segments that hold the subject or, to a fixed point, text that a version written off here wrote;
+        with the digests of those versions.
+
+        Equal weights may be a clean version's too (nothing learned between): their text is the clean version's.
+        """
+        reaches: dict[str, _Reach] = {}
+        wanted = set(names)
+        found = [pair for pair in self._mentioning(c, {subject}) if pair[0] in wanted]
+        writers: set[str] = set()
         while True:
-            found = self._mentioning(c, head.name, mentions) - touched
+            for name, segment in found:
+                if name not in reaches:
+                    reaches[name] = _Reach(self._adapter(c, name, lock=True), self._versions(c, name))
+                reaches[name].touched.add(segment)
+            for reach in reaches.values():
+                reach.dirty = decisions.dirty_versions(reach.versions, reach.touched)
+            digests = {reach.versions[v].digest for reach in reaches.values() for v in reach.dirty}
+            writers = digests - self._clean_digests(c, digests, {name: r.dirty for name, r in reaches.items()})
+            found = [
+                (name, segment)
+                for name, segment in self._mentioning(c, writers)
+                if name not in reaches or segment not in reaches[name].touched
+            ]
             if not found:
-                break
-            touched |= found
-            mentions |= {versions[v].digest for v in decisions.dirty_versions(versions, touched)}
-            mentions -= {version.digest for version in versions.values() if self._is_clean(versions, version, touched)}
-        entries = 0
-        for number in sorted(touched):
-            before = self._manifest(c, head.name, number)
+                return reaches, writers
+
+    def _forget_one(
+        self,
+        c: sa.Connection,
+        reach: _Reach,
+        mentions: set[str],
+        about: Mapping[str, Any],
+        actor: str,
+        reason: str,
+    ) -> dict[str, Any]:
+        """Erase in an adapter's manifests, then move its head; what purge must remove of it is returned."""
+        head, versions = reach.head, reach.versions
+        indexes: list[int] = []
+        for number in sorted(reach.touched):
+            segment, before = self._segment(c, head.name, number), self._manifest(c, head.name, number)
             after = before.erased(mentions)
-            entries += sum(new.tombstone for new in after.entries) - sum(old.tombstone for old in before.entries)
-            s = t.segments.c
+            pairs = enumerate(zip(before.entries, after.entries, strict=True), start=segment.first)
+            indexes += [index for index, (old, new) in pairs if new.tombstone and not old.tombstone]
+            s, m = t.segments.c, t.mentions.c
             c.execute(
                 t.segments.update().where(s.adapter == head.name, s.number == number).values(manifest=after.pack())
             )
-            gone = before.mentions - after.mentions
-            m = t.mentions.c
-            c.execute(
-                t.mentions.delete().where(m.adapter == head.name, m.segment == number, m.mention.in_(sorted(gone)))
-            )
-        change = decisions.decide_forget(head, versions, self._segments(c, head.name), touched, subject, request)
-        change = replace(change, facts=tuple((kind, {**body, "entries": entries}) for kind, body in change.facts))
+            gone = sorted(before.mentions - after.mentions)
+            for chunk in _chunks(gone):
+                c.execute(t.mentions.delete().where(m.adapter == head.name, m.segment == number, m.mention.in_(chunk)))
+        segments = self._segments(c, head.name) if reach.touched else []
+        about = {**about, "entries": len(indexes)}
+        change = decisions.decide_forget(head, versions, segments, reach.touched, about)
         self._apply(c, head, change, actor, reason)
+        if not reach.touched:
+            return {}
+        clean = change.adapter.tip
         return {
             "adapter": head.name,
-            "segments": sorted(touched),
-            "entries": entries,
+            "segments": sorted(reach.touched),
+            "indexes": indexes,
+            "entries": len(indexes),
             "versions": list(change.revoked),
             "digests": sorted({versions[v].digest for v in change.revoked}),
             "states": sorted({versions[v].state for v in change.revoked} - {""}),
             "rebuild": [segment.number for segment in change.segments],
+            "clean": {"version": clean, "digest": versions[clean].digest if clean else ""},
         }
 
-    @staticmethod
-    def _is_clean(versions: decisions.Versions, version: Any, touched: set[int]) -> bool:
-        return not version.revoked and version.number not in decisions.dirty_versions(versions, touched)
-
-    def _clean_digests(self, c: sa.Connection, digests: set[str]) -> set[str]:
+    def _clean_digests(self, c: sa.Connection, digests: Iterable[str], dirty: Mapping[str, set[int]]) -> set[str]:
+        """Those of the digests that some version has that is neither revoked nor dirty."""
         v = t.versions.c
-        query = sa.select(v.digest).where(v.digest.in_(sorted(digests)), v.revoked.is_(False))
-        return set(c.execute(query).scalars())
+        clean = set()
+        for chunk in _chunks(sorted(digests)):
+            query = sa.select(v.digest, v.adapter, v.number).where(v.digest.in_(chunk), v.revoked.is_(False))
+            clean |= {digest for digest, name, number in c.execute(query) if number not in dirty.get(name, ())}
+        return clean
 
-    def _mentioning(self, c: sa.Connection, adapter: str, mentions: set[str]) -> set[int]:
+    def _mentioning(self, c: sa.Connection, mentions: Iterable[str]) -> list[tuple[str, int]]:
         m = t.mentions.c
-        query = sa.select(m.segment).where(m.adapter == adapter, m.mention.in_(sorted(mentions)))
-        return set(c.execute(query).scalars())
+        return [
+            (name, segment)
+            for chunk in _chunks(sorted(mentions))
+            for name, segment in c.execute(sa.select(m.adapter, m.segment).where(m.mention.in_(chunk)))
+        ]
 
     def _suppress(self, c: sa.Connection, adapter: str, subject: str) -> None:
-        s = t.suppressions.c
-        if not c.execute(sa.select(s.since).where(s.adapter == adapter, s.subject == subject)).first():
-            c.execute(t.suppressions.insert().values(adapter=adapter, subject=subject, since=now()))
+        self.db.put(c, t.suppressions, {"adapter": adapter, "subject": subject}, {"since": now()}, replace=False)
 
-    def allow(self, subject: str, adapters: Sequence[str] | None, actor: str, reason: str = "") -> list[str]:
+    def allow(
+        self, subject: str, adapters: Sequence[str] | None, actor: str, reason: str = "", request: str | None = None
+    ) -> list[str]:
         """End suppression: the subject's events from each adapter's present index on may be learned again.
 
-        Returns the adapters (or `*`) for which the subject was suppressed.
+        Returns the adapters (or `*`) for which the subject was suppressed. A request id seen before changes nothing.
         """
         s = t.suppressions.c
         lifted = []
         with self.db.write() as c:
+            self._lock_all(c)
+            if request is not None and not self._remember(c, f"allow:{request}"[:192], now())[1]:
+                return []
             names = sorted(set(adapters)) if adapters is not None else [EVERYWHERE, *self._names(c)]
             for name in names:
                 gone = c.execute(t.suppressions.delete().where(s.adapter == name, s.subject == subject))
@@ -165,13 +221,17 @@ class Forgetting(Leases):
     def advance(self, request: str, stage: Stage, body: Mapping[str, Any], actor: str) -> Forget:
         """Record that a procedure has reached a stage; reaching it again changes nothing."""
         with self.db.write() as c:
-            row = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request).with_for_update()).one()
+            row = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request).with_for_update()).first()
+            if row is None:
+                raise NotFound(
+                    f"There is no forget {request[:80]}.", "`riverdelta registry list` shows those there are."
+                )
             forget = forget_of(row)
             if _ORDER.index(stage) <= _ORDER.index(forget.stage):
                 return forget
             moved = replace(forget, stage=stage, body={**forget.body, **body})
             c.execute(t.forgets.update().where(t.forgets.c.id == request).values(stage=stage, body=moved.body))
-            for name in forget.adapters:
+            for name in sorted(forget.adapters):
                 head = self._adapter(c, name, lock=True)
                 fact = ("forget_stage", {"request": request, "stage": str(stage)})
                 self._apply(c, head, Change(head, (fact,)), actor, "")
@@ -182,28 +242,36 @@ class Forgetting(Leases):
         s = t.segments.c
         with self.db.read() as c:
             for part in forget.body["doomed"]:
-                waiting = sa.select(s.number).where(
-                    s.adapter == part["adapter"], s.number.in_(part["rebuild"]), s.outcome == "awaiting"
-                )
-                if c.execute(waiting).first():
-                    return False
+                for chunk in _chunks(part["rebuild"]):
+                    waiting = sa.select(s.number).where(
+                        s.adapter == part["adapter"], s.number.in_(chunk), s.outcome == "awaiting"
+                    )
+                    if c.execute(waiting).first():
+                        return False
         return True
 
-    def replace_payload(self, adapter: str, segment: int, payload: str, payload_sha: str) -> None:
-        """Point a segment at a payload rewritten without its tombstones' contents."""
+    def replace_payload(self, adapter: str, segment: int, payload: str, payload_sha: str, replaces: str) -> None:
+        """Point a segment at a payload rewritten without its tombstones' contents; `Conflict` unless it still points
+        at the one that `replaces` names."""
         s = t.segments.c
         with self.db.write() as c:
-            c.execute(
+            moved = c.execute(
                 t.segments.update()
-                .where(s.adapter == adapter, s.number == segment)
+                .where(s.adapter == adapter, s.number == segment, s.payload == replaces)
                 .values(payload=payload, payload_sha=payload_sha)
             )
+            if not moved.rowcount:
+                raise Conflict(f"The payload of {adapter}'s segment {segment} has been rewritten.", "Read it again.")
 
     def mark_purged(self, adapter: str, versions: Sequence[int]) -> None:
-        """Record that versions' weights and state are gone from the store and from MLflow."""
+        """Record that versions' weights and state are gone from the store and from MLflow, and drop what was measured
+        of them."""
         v = t.versions.c
         with self.db.write() as c:
-            c.execute(t.versions.update().where(v.adapter == adapter, v.number.in_(versions)).values(purged=True))
+            for chunk in _chunks(versions):
+                c.execute(
+                    t.versions.update().where(v.adapter == adapter, v.number.in_(chunk)).values(purged=True, metrics={})
+                )
 
     def digests_in_use(self) -> frozenset[str]:
         """Weights and state digests that some version still needs."""
@@ -212,5 +280,16 @@ class Forgetting(Leases):
             rows = c.execute(sa.select(v.digest, v.state).where(v.revoked.is_(False)))
             return frozenset(digest for row in rows for digest in row if digest)
 
+    def revoked_digests(self) -> frozenset[str]:
+        """Weights digests that only revoked versions have: text that they wrote must not be learned."""
+        v = t.versions.c
+        with self.db.read() as c:
+            revoked = set(c.execute(sa.select(v.digest).where(v.revoked.is_(True))).scalars())
+            return frozenset(revoked - self._clean_digests(c, revoked, {}))
+
     def _names(self, c: sa.Connection) -> list[str]:
         return list(c.execute(sa.select(t.adapters.c.name).order_by(t.adapters.c.name)).scalars())
+
+
+def _chunks(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))

@@ -13,7 +13,7 @@ from riverdelta.core.telemetry import now
 from . import tables as t
 from .database import Database
 from .decisions import Change
-from .records import AdapterRecord, Manifest, SegmentRecord, VersionRecord
+from .records import AdapterRecord, Manifest, Outcome, SegmentRecord, VersionRecord
 from .rows import adapter_of, segment_of, version_of
 
 
@@ -80,6 +80,16 @@ class Journal:
                 )
             )
 
+    def _lock_all(self, c: sa.Connection) -> None:
+        """Keep every other writer out until the transaction ends (on SQLite each writer does so already)."""
+        if not self.db.sqlite:
+            c.execute(sa.text("LOCK TABLE fences, adapters IN EXCLUSIVE MODE"))
+
+    def _remember(self, c: sa.Connection, key: str, value: str) -> tuple[str, bool]:
+        """The value that stands under a key of `meta`, and whether it is the one given now."""
+        new = self.db.put(c, t.meta, {"key": key}, {"value": value}, replace=False)
+        return str(c.execute(sa.select(t.meta.c.value).where(t.meta.c.key == key)).scalar()), new
+
     def _adapter(self, c: sa.Connection, name: str, lock: bool = False) -> AdapterRecord:
         query = sa.select(t.adapters).where(t.adapters.c.name == name)
         row = c.execute(query.with_for_update() if lock else query).first()
@@ -93,6 +103,11 @@ class Journal:
         if row is None:
             raise NotFound(f"{adapter} has no segment {number}.", f"`riverdelta registry log {adapter}` lists them.")
         return segment_of(row)
+
+    def _first_awaiting(self, c: sa.Connection, adapter: str) -> int | None:
+        s = t.segments.c
+        query = sa.select(sa.func.min(s.number)).where(s.adapter == adapter, s.outcome == Outcome.AWAITING)
+        return c.execute(query).scalar()
 
     def _segments(self, c: sa.Connection, adapter: str, first: int = 1) -> list[SegmentRecord]:
         s = t.segments.c

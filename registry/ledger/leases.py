@@ -36,7 +36,9 @@ class Leases(Journal):
         """Take a lease of `ttl` seconds before reading anything; the last fence's number, all of which the
         holder has nothing left to do for. `kind` is `server`, `stream` or `trainer`."""
         with self.db.write() as c:
-            fence = self._last_fence(c, lock=True)
+            if not self.db.sqlite:
+                c.execute(sa.text("LOCK TABLE fences IN EXCLUSIVE MODE"))  # no fence may pass between look and lease
+            fence = self._last_fence(c)
             c.execute(t.leases.delete().where(t.leases.c.holder == holder))
             c.execute(t.leases.insert().values(holder=holder, kind=kind, ttl=ttl, acked=fence, renewed_at=now()))
         return fence
@@ -94,22 +96,30 @@ class Leases(Journal):
         """
         start = time.monotonic()
         lost: list[str] = []
-        while open_leases := self.unacknowledged(fence, kinds):
-            waited = time.monotonic() - start
-            for lease in open_leases:
-                if waited > lease.ttl * 1.1 + 0.1:  # clocks may differ in rate, not by a tenth
-                    self._give_up(lease, fence)
-                    lost.append(lease.holder)
+        while True:
+            open_leases, given_up = self.settle_fence(fence, kinds, time.monotonic() - start)
+            lost += given_up
+            if not open_leases:
+                return lost
             if progress is not None:
                 progress(open_leases)
             time.sleep(sleep)
-        return lost
 
-    def _give_up(self, lease: Lease, fence: int) -> None:
+    def settle_fence(self, fence: int, kinds: Collection[str], waited: float) -> tuple[list[Lease], list[str]]:
+        """The leases that a fence still waits for, and the holders given up for lost now: those whose lease has run
+        out, as `waited` seconds have passed on the caller's clock since it first saw the fence."""
+        left, lost = [], []
+        for lease in self.unacknowledged(fence, kinds):
+            if waited > lease.ttl * 1.1 + 0.1 and self._give_up(lease, fence):  # clocks differ by less than a tenth
+                lost.append(lease.holder)
+            else:
+                left.append(lease)
+        return left, lost
+
+    def _give_up(self, lease: Lease, fence: int) -> bool:
+        held = (t.leases.c.holder == lease.holder, t.leases.c.acked < fence)
         with self.db.write() as c:
-            c.execute(t.leases.delete().where(t.leases.c.holder == lease.holder, t.leases.c.acked < fence))
+            return c.execute(t.leases.delete().where(*held)).rowcount > 0
 
-    def _last_fence(self, c: sa.Connection, lock: bool = False) -> int:
-        if lock and not self.db.sqlite:
-            c.execute(sa.text("LOCK TABLE fences IN EXCLUSIVE MODE"))  # numbers are given out one at a time
+    def _last_fence(self, c: sa.Connection) -> int:
         return int(c.execute(sa.select(sa.func.max(t.fences.c.number))).scalar() or 0)

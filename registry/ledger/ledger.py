@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -82,11 +82,7 @@ class Ledger(Forgetting):
     def remember(self, key: str, value: str) -> str:
         """Write a fact about the whole ledger once; the value that stands is returned."""
         with self.db.write() as c:
-            held = c.execute(sa.select(t.meta.c.value).where(t.meta.c.key == key)).scalar()
-            if held is None:
-                c.execute(t.meta.insert().values(key=key, value=value))
-                held = value
-        return str(held)
+            return self._remember(c, key, value)[0]
 
     # -- adapters --------------------------------------------------------------------------------------------
 
@@ -97,6 +93,7 @@ class Ledger(Forgetting):
             name, recipe.to_dict(), recipe.digest, seed_of("adapter", name, recipe.seed), created_at=now()
         )
         with self.db.write() as c:
+            self._lock_all(c)  # a forget of everything must not miss an adapter that is being made
             if c.execute(sa.select(t.adapters.c.name).where(t.adapters.c.name == name)).first():
                 raise Conflict(f"The adapter {name} exists already.", f"`riverdelta registry show {name}` shows it.")
             if cap is not None and (c.execute(sa.select(sa.func.count()).select_from(t.adapters)).scalar() or 0) >= cap:
@@ -118,12 +115,12 @@ class Ledger(Forgetting):
     def heads(self) -> dict[str, int]:
         """Each adapter's number of facts: what changed since the last look is what moved."""
         with self.db.read() as c:
-            return dict(c.execute(sa.select(t.adapters.c.name, t.adapters.c.head)))
+            return {name: head for name, head in c.execute(sa.select(t.adapters.c.name, t.adapters.c.head))}  # noqa: C416
 
     def clock(self) -> int:
         """A number that rises with every fact of any adapter; cheap to read often."""
-        with self.db.read() as c:
-            return int(c.execute(sa.select(sa.func.max(t.facts.c.id))).scalar() or 0)
+        with self.db.read() as c:  # not the highest fact id: on PostgreSQL a lower one may commit later
+            return int(c.execute(sa.select(sa.func.sum(t.adapters.c.head))).scalar() or 0)
 
     def facts(self, adapter: str, after: int = 0, limit: int | None = None) -> list[Fact]:
         """The journal of an adapter after a sequence number, in order."""
@@ -135,15 +132,16 @@ class Ledger(Forgetting):
 
     def seal(self, seals: Sequence[Seal], actor: str) -> list[SegmentRecord | Exception]:
         """Append segments, each on its own terms, in one durable transaction: the segment, or why it was refused."""
-        done: list[SegmentRecord | Exception] = []
+        done: dict[int, SegmentRecord | Exception] = {}
         with self.db.write() as c:
-            for seal in seals:
+            # Every transaction locks adapters by name, so that no two wait for each other.
+            for place, seal in sorted(enumerate(seals), key=lambda pair: pair[1].adapter):
                 try:
                     with c.begin_nested():
-                        done.append(self._seal(c, seal, actor))
+                        done[place] = self._seal(c, seal, actor)
                 except (Conflict, NotFound) as refused:
-                    done.append(refused)
-        return done
+                    done[place] = refused
+        return [done[place] for place in range(len(seals))]
 
     def _seal(self, c: sa.Connection, seal: Seal, actor: str) -> SegmentRecord:
         adapter = self._adapter(c, seal.adapter, lock=True)
@@ -222,19 +220,9 @@ class Ledger(Forgetting):
 
     def move_position(self, incarnation: str, partition: int, bucket: int, next_offset: int) -> None:
         """Record from where a restarted dataflow must read a partition again for a bucket of adapters."""
-        key = (
-            t.positions.c.incarnation == incarnation,
-            t.positions.c.partition == partition,
-            t.positions.c.bucket == bucket,
-        )
+        key = {"incarnation": incarnation, "partition": partition, "bucket": bucket}
         with self.db.write() as c:
-            moved = c.execute(t.positions.update().where(*key).values(next_offset=next_offset))
-            if not moved.rowcount:
-                c.execute(
-                    t.positions.insert().values(
-                        incarnation=incarnation, partition=partition, bucket=bucket, next_offset=next_offset
-                    )
-                )
+            self.db.put(c, t.positions, key, {"next_offset": next_offset})
 
     def positions(self, incarnation: str) -> dict[tuple[int, int], int]:
         """Per (partition, bucket), the recorded position."""
@@ -245,18 +233,17 @@ class Ledger(Forgetting):
     # -- trainer: increments ---------------------------------------------------------------------------------
 
     def waiting(self) -> list[tuple[str, int]]:
-        """Per adapter with work, its first awaiting segment."""
+        """Per adapter with work, its first awaiting segment; the adapter that has waited longest first."""
         s = t.segments.c
         query = sa.select(s.adapter, sa.func.min(s.number)).where(s.outcome == Outcome.AWAITING).group_by(s.adapter)
         with self.db.read() as c:
-            return [(name, number) for name, number in c.execute(query.order_by(s.adapter))]
+            rows = c.execute(query.order_by(sa.func.min(s.sealed_at), s.adapter))
+            return [(name, number) for name, number in rows]
 
     def work(self, adapter: str) -> Work | None:
         """The adapter's next increment, read in one view, or None when nothing awaits."""
-        s = t.segments.c
-        query = sa.select(sa.func.min(s.number)).where(s.adapter == adapter, s.outcome == Outcome.AWAITING)
         with self.db.read() as c:
-            number = c.execute(query).scalar()
+            number = self._first_awaiting(c, adapter)
             if number is None:
                 return None
             head = self._adapter(c, adapter)
@@ -269,7 +256,10 @@ class Ledger(Forgetting):
         with self.db.write() as c:
             adapter = self._adapter(c, increment.adapter, lock=True)
             segment = self._segment(c, adapter.name, increment.segment)
-            change = decisions.decide_increment(adapter, segment, increment.epoch, increment.parent, increment.digest)
+            first = self._first_awaiting(c, adapter.name)
+            change = decisions.decide_increment(
+                adapter, segment, first, increment.epoch, increment.parent, increment.digest
+            )
             s = t.segments.c
             decided_here = c.execute(  # decisions in the lineage count as seen
                 sa.select(s.number).where(
@@ -302,8 +292,8 @@ class Ledger(Forgetting):
         """Record that a segment was not learned, and why."""
         with self.db.write() as c:
             head = self._adapter(c, adapter, lock=True)
-            found = self._segment(c, adapter, segment)
-            self._apply(c, head, decisions.decide_set_aside(head, found, epoch, parent, cause, note), actor, note)
+            found, first = self._segment(c, adapter, segment), self._first_awaiting(c, adapter)
+            self._apply(c, head, decisions.decide_set_aside(head, found, first, epoch, parent, cause, note), actor, "")
 
     def import_version(
         self, adapter: str, digest: str, fingerprint: Mapping[str, Any], actor: str, reason: str = ""
@@ -381,14 +371,14 @@ class Ledger(Forgetting):
                 target = versions[head.release].parent if head.release else 0
                 target = decisions.newest_clean(versions, target)
                 if not target:
-                    raise Refused(f"{adapter} has no version before {head.release}.", "Name the version to go to.")
+                    raise Refused(
+                        f"{adapter} has no version before {head.release}.", "Name the one to go to; 0 is the base."
+                    )
             return decisions.decide_rollback(head, versions, self._segments(c, adapter), target)
 
         return self._act(adapter, actor, reason, decide)
 
-    def resume(
-        self, adapter: str, mode: Literal["continue", "replay", "tip"], actor: str, reason: str = ""
-    ) -> AdapterRecord:
+    def resume(self, adapter: str, mode: decisions.Mode, actor: str, reason: str = "") -> AdapterRecord:
         """End a hold."""
         return self._act(
             adapter,
@@ -407,8 +397,5 @@ class Ledger(Forgetting):
 
     def mark_projected(self, adapter: str, seq: int, body: Mapping[str, Any]) -> None:
         """Record what MLflow shows."""
-        where = t.projections.c.adapter == adapter
         with self.db.write() as c:
-            moved = c.execute(t.projections.update().where(where).values(seq=seq, body=dict(body)))
-            if not moved.rowcount:
-                c.execute(t.projections.insert().values(adapter=adapter, seq=seq, body=dict(body)))
+            self.db.put(c, t.projections, {"adapter": adapter}, {"seq": seq, "body": dict(body)})

@@ -20,7 +20,7 @@ from sqlalchemy import (
 metadata = MetaData()
 _BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements INTEGER keys only
 
-meta = Table("meta", metadata, Column("key", String(64), primary_key=True), Column("value", Text, nullable=False))
+meta = Table("meta", metadata, Column("key", String(192), primary_key=True), Column("value", Text, nullable=False))
 
 adapters = Table(
     "adapters",
@@ -39,6 +39,7 @@ adapters = Table(
     Column("tip", Integer, nullable=False),
     Column("held", Integer),
     Column("held_tip", Integer),
+    Index("adapters_heads", "name", "head"),
 )
 
 facts = Table(
