@@ -18,7 +18,7 @@ from .database import Database
 from .decisions import Change
 from .forgetting import Forgetting
 from .records import AdapterRecord, Cause, Fact, Manifest, Outcome, SegmentRecord, VersionRecord
-from .rows import adapter_of, fact_of, version_of
+from .rows import adapter_of, fact_of, segment_of, version_of
 
 
 @dataclass(frozen=True)
@@ -218,11 +218,19 @@ class Ledger(Forgetting):
         with self.db.read() as c:
             return self._manifest(c, adapter, number)
 
-    def move_position(self, incarnation: str, partition: int, bucket: int, next_offset: int) -> None:
-        """Record from where a restarted dataflow must read a partition again for a bucket of adapters."""
-        key = {"incarnation": incarnation, "partition": partition, "bucket": bucket}
+    def manifests(self, adapter: str, index: int = 0) -> list[tuple[SegmentRecord, Manifest]]:
+        """The segments that hold entries from an index on, in order, with their entries."""
+        s = t.segments.c
+        query = sa.select(t.segments).where(s.adapter == adapter, s.first + s.count > index).order_by(s.number)
+        with self.db.read() as c:
+            return [(segment_of(row), Manifest.unpack(row.manifest)) for row in c.execute(query)]
+
+    def move_positions(self, moves: Mapping[tuple[str, int, int], int]) -> None:
+        """Record from where a restarted dataflow must read again, by (incarnation, partition, bucket of adapters)."""
         with self.db.write() as c:
-            self.db.put(c, t.positions, key, {"next_offset": next_offset})
+            for incarnation, partition, bucket in sorted(moves):
+                key = {"incarnation": incarnation, "partition": partition, "bucket": bucket}
+                self.db.put(c, t.positions, key, {"next_offset": moves[incarnation, partition, bucket]})
 
     def positions(self, incarnation: str) -> dict[tuple[int, int], int]:
         """Per (partition, bucket), the recorded position."""
