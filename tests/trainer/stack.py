@@ -1,0 +1,56 @@
+"""A real ledger and store in a folder, and the acts of streams and operators on them, without a broker."""
+
+import hashlib
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from riverdelta.core import payload
+from riverdelta.core.recipe import Recipe
+from riverdelta.core.store import ObjectStore
+from riverdelta.registry.ledger import Forget, Ledger, Manifest, ManifestEntry, Seal, SegmentRecord
+
+
+def hashed(subject: str) -> str:
+    """A subject as the ledger knows it."""
+    return hashlib.sha256(subject.encode()).hexdigest()
+
+
+class Stack:
+    """A ledger, a store, and the next offset of every adapter."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ledger_url = f"sqlite:///{folder}/ledger.db"
+        self.store_url = f"file://{folder}/store"
+        self.ledger = Ledger.open(self.ledger_url)
+        self.store = ObjectStore(self.store_url)
+
+    def create(self, name: str, recipe: Recipe) -> None:
+        """Make an adapter."""
+        self.ledger.create(name, recipe, "test")
+
+    def seal(self, name: str, contents: Sequence[bytes | None], subjects: Sequence[str]) -> SegmentRecord:
+        """Append a segment as the dataflow does: suppressed subjects arrive as tombstones."""
+        subjects = [hashed(subject) for subject in subjects]
+        head = self.ledger.adapter(name)
+        gone = self.ledger.suppressed(name)
+        held = [None if subject in gone else content for content, subject in zip(contents, subjects, strict=True)]
+        data, digest = payload.encode(held)
+        key = f"segments/{name}/{uuid.uuid4().hex}.seg"
+        self.store.put(key, data)
+        entries = tuple(
+            ManifestEntry(0, 0, head.next_index + place, b"", (subject,), content is None)
+            for place, (content, subject) in enumerate(zip(held, subjects, strict=True))
+        )
+        first = head.next_index
+        moved = {("run", 0): (first, first + len(entries))}
+        (made,) = self.ledger.seal(
+            [Seal(name, head.epoch, first, Manifest(("run",), entries), "count", key, digest, moved)], "test"
+        )
+        assert isinstance(made, SegmentRecord), made
+        return made
+
+    def forget(self, name: str, subject: str) -> Forget:
+        """Forget a subject in one adapter."""
+        return self.ledger.forget(uuid.uuid4().hex, hashed(subject), [name], "test")

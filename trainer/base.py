@@ -1,0 +1,253 @@
+"""The frozen base model as the trainer runs it: rows of several adapters side by side in one flat step."""
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from riverdelta.core import base as base_files
+from riverdelta.core.errors import Unsupported
+from riverdelta.core.recipe import Lora
+from riverdelta.kernels import PackedLinear, grouped_lora
+
+from .layout import Block
+from .shape import LoraShape, resolve
+
+ATTENTION = "riverdelta_rows"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter's part in a step: A, B and scale per module path, and how many of the step's tokens it has."""
+
+    weights: dict[str, tuple[Tensor, Tensor, float]]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Products:
+    """How the base's frozen products are computed."""
+
+    dtype: torch.dtype
+    packed: bool
+
+
+class Site(nn.Module):
+    """A frozen linear layer of the base, with the step's adapters beside it."""
+
+    def __init__(self, path: str, layer: nn.Linear, products: Products, step: "Step") -> None:
+        super().__init__()
+        self.path, self._step, self._dtype = path, step, products.dtype
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        weight = layer.weight.detach().to(products.dtype)
+        self._bias = None if layer.bias is None else layer.bias.detach()
+        self._packed: tuple[PackedLinear, PackedLinear] | None = None
+        self._weight: Tensor | None = None
+        if products.packed:
+            mode: Literal["bf16", "fp32"] = "bf16" if products.dtype == torch.bfloat16 else "fp32"
+            self._packed = (PackedLinear(weight, None, mode), PackedLinear(weight.t().contiguous(), None, mode))
+        else:
+            self._weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        flat = x.reshape(-1, self.in_features)
+        out: Tensor = _Frozen.apply(flat, self)  # type: ignore[no-untyped-call]
+        if self._bias is not None:
+            out = out + self._bias
+        members = self._step.members
+        if members and self.path in members[0].weights:
+            a, b, scales = zip(*(member.weights[self.path] for member in members), strict=True)
+            out = out + grouped_lora(flat, a, b, scales, [member.tokens for member in members])
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T in the base's dtype, back in that of `x`."""
+        held = x.to(self._dtype)
+        out = self._packed[0](held) if self._packed else linear(held, self._weight)  # type: ignore[arg-type]
+        return torch.as_tensor(out).to(x.dtype)
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """y W, likewise."""
+        held = y.to(self._dtype).contiguous()
+        out = self._packed[1](held) if self._packed else held @ self._weight  # type: ignore[operator]
+        return torch.as_tensor(out).to(y.dtype)
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, site: Site) -> Tensor:
+        ctx.site = site
+        return site.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.site.transposed(grads[0]), None
+
+
+class Step:
+    """What the wrapped modules read while a step runs."""
+
+    def __init__(self) -> None:
+        self.members: Sequence[Member] = ()
+
+
+class _Given(nn.Module):
+    """Stands in for the decoder where only its head is wanted: gives back the hidden states that it is handed."""
+
+    def forward(self, **given: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=given["inputs_embeds"])
+
+
+class Base:
+    """A Hugging Face decoder, frozen. One step at a time; nothing of a step stays behind.
+
+    `digest` names the model's files; `device`, `dtype` and `threads` are part of the environment fingerprint.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, digest: str, device: str, dtype: str, threads: int) -> None:
+        self.tokenizer, self.digest = tokenizer, digest
+        self.device, self.dtype, self.threads = torch.device(device), dtype, threads
+        self.config = model.config
+        self._model = model.to(device=self.device, dtype=torch.float32).eval().requires_grad_(False)
+        self._model.set_attn_implementation(ATTENTION)
+        self._step = Step()
+        self._shapes: dict[Lora, LoraShape] = {}
+        self._wrap(Products(getattr(torch, dtype), packed=_packs(self.device)))
+        self._head = copy.copy(self._model)
+        self._head._modules = {**self._model._modules, self._model.base_model_prefix: _Given()}
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu", dtype: str = "float32", threads: int = 0) -> "Base":
+        """Load a model folder (safetensors only: nothing in it is executed) and fix the process's arithmetic.
+
+        `dtype` is that of the base's products; everything else is computed in float32. `threads` 0 means all cores.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        threads = threads or len(os.sched_getaffinity(0))
+        _fix_arithmetic(device, dtype, threads)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return cls(model, tokenizer, base_files.digest(folder), device, dtype, threads)
+
+    def shape(self, lora: Lora) -> LoraShape:
+        """Which modules a LoRA changes in this base, as peft resolves it."""
+        if lora not in self._shapes:
+            self._shapes[lora] = resolve(self.config, lora)
+        return self._shapes[lora]
+
+    def hidden(self, tokens: Tensor, positions: Tensor, members: Sequence[Member], blocks: Sequence[Block]) -> Tensor:
+        """The last hidden states [tokens, width] of flat `tokens` and `positions`, int64 [tokens] each.
+
+        Members' tokens follow each other, and every block lies within one member's. All members change the same
+        modules.
+        """
+        self._step.members = members
+        try:
+            decoder = getattr(self._model, self._model.base_model_prefix)
+            out = decoder(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                blocks=blocks,
+            )
+            return torch.as_tensor(out.last_hidden_state[0])
+        finally:
+            self._step.members = ()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's own logits [rows, vocabulary] of hidden states [rows, width], scaling and caps included."""
+        return torch.as_tensor(self._head(inputs_embeds=hidden[None], use_cache=False).logits[0])
+
+    def _wrap(self, products: Products) -> None:
+        for path, module in list(self._model.named_modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear:
+                    full = f"{path}.{name}" if path else name
+                    setattr(module, name, Site(full, child, products, self._step))
+
+
+def _packs(device: torch.device) -> bool:
+    return device.type == "cpu" and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def _fix_arithmetic(device: str, dtype: str, threads: int) -> None:
+    from riverdelta.kernels.cpu_linear import has_bf16
+
+    if dtype == "bfloat16" and device == "cpu" and not has_bf16():
+        raise Unsupported(
+            "This CPU has no bfloat16 arithmetic.", 'Set trainer.dtype to "float32", or train on another machine.'
+        )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward adds in any order
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    blocks: Sequence[Block] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: `query` [1, heads, tokens, dim], `key` and `value` [1, kv_heads, ...].
+
+    Each block is a product of its own over fresh operands, so its bits depend on no other block. Returns
+    [1, tokens, heads, dim].
+    """
+    if softcap is not None or s_aux is not None:
+        raise Unsupported(
+            f"{type(module).__name__} caps or biases its attention scores.",
+            "Training has no path for that; choose another base model.",
+        )
+    if blocks is None:
+        raise RuntimeError(f"{ATTENTION} attention runs only inside a training step")
+    parts = []
+    for block in blocks:
+        q, k, v = (_rows(tensor, block) for tensor in (query, key, value))
+        mask = None
+        if sliding_window is not None and block.length > sliding_window:
+            at = torch.arange(block.length, device=q.device)
+            mask = (at[None] <= at[:, None]) & (at[None] > at[:, None] - sliding_window)
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        parts.append(out.transpose(1, 2).reshape(block.rows * block.length, q.shape[1], v.shape[3]))
+    return torch.cat(parts)[None], None
+
+
+def _rows(tensor: Tensor, block: Block) -> Tensor:
+    """[1, heads, tokens, dim] -> the block's rows, [rows, heads, length, dim], in memory of their own."""
+    part = tensor[0, :, block.first : block.first + block.rows * block.length]
+    rows = part.reshape(part.shape[0], block.rows, block.length, part.shape[2]).transpose(0, 1)
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attend)
+
+
+_register()

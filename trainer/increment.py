@@ -1,0 +1,225 @@
+"""An increment: parent version + segment + recipe -> candidate, as a pure function.
+
+No clock, no random state of the process, nothing of other adapters: `train` alone and `step` with many adapters in one
+step compute the same bits, because alone is a step of one.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from riverdelta.core.errors import RiverdeltaError
+from riverdelta.core.recipe import Recipe
+from riverdelta.core.template import example_ids
+
+from .adapter import AdapterWeights
+from .base import Base, Member
+from .layout import Batch, Row, arrange, micro_batches
+from .optimiser import AdamW
+
+# Rows of logits held at once, and the multiple that their number is filled up to: below it, a product's bits depend
+# on how many rows it has.
+_LOGIT_ROWS = 24
+_LOGIT_TILE = 8
+
+Progress = Callable[[int, int, float], None]
+
+
+class Untrainable(RiverdeltaError):
+    """A segment from which no candidate can be made; it is set aside with this as the reason."""
+
+    code = "untrainable"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What an increment ends with: both files with their SHA-256, the loss of every step taken, and figures of them."""
+
+    weights: bytes
+    digest: str
+    state: bytes
+    state_digest: str
+    losses: tuple[float, ...]
+    metrics: dict[str, Any]
+
+
+class Learner:
+    """One adapter in the middle of an increment."""
+
+    def __init__(
+        self,
+        base: Base,
+        recipe: Recipe,
+        seed: int,
+        entries: Sequence[bytes | None],
+        parent_weights: bytes | None,
+        parent_state: bytes | None,
+    ) -> None:
+        self._base = base
+        if parent_weights is None:
+            self.weights = AdapterWeights.begin(base.shape(recipe.lora), seed, base.device)
+        else:
+            self.weights = AdapterWeights.load(parent_weights, base.device)
+        self.optimiser = AdamW(recipe.optimiser, self.weights.flat.numel(), base.device)
+        if parent_state is not None:
+            self.optimiser.load(parent_state)
+        training = recipe.training
+        self.rows = [_row(base.tokenizer, entry, training.max_length) for entry in entries]
+        self.plan = tuple(
+            micro_batches(len(entries), training.passes, training.micro_batch, seed, self.optimiser.position)
+        )
+        self.place = 0
+        self.losses: list[float] = []
+        self.tokens = 0
+        self.failure: Untrainable | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether every micro-batch has been taken, or none can be any more."""
+        return self.place == len(self.plan) or self.failure is not None
+
+    def next_rows(self) -> list[Row]:
+        """The rows of the next micro-batch that has any; those without are passed."""
+        while not self.done:
+            rows = [row for slot in self.plan[self.place] if (row := self.rows[slot]) is not None]
+            if rows:
+                return rows
+            self.optimiser.skip()
+            self.place += 1
+        return []
+
+    def learn(self, loss: float, gradients: tuple[Tensor, ...], tokens: int) -> None:
+        """Take the optimiser's step with the gradients of the next micro-batch."""
+        gradient = self.weights.flatten(gradients)
+        if not bool(torch.isfinite(gradient).all()) or not math.isfinite(loss):
+            self.failure = Untrainable(
+                f"Step {self.place + 1} of {len(self.plan)} has no finite loss and gradient (loss {loss}).",
+                "Lower optimiser.learning_rate in the recipe, or look at the segment's entries.",
+            )
+            return
+        with torch.no_grad():
+            self.optimiser.step(self.weights.flat, gradient)
+        self.losses.append(loss)
+        self.tokens += tokens
+        self.place += 1
+
+    def candidate(self) -> Candidate:
+        """What the increment has come to; raises its failure, if it has one."""
+        if self.failure is not None:
+            raise self.failure
+        weights, digest = self.weights.dump()
+        state, state_digest = self.optimiser.dump()
+        metrics = {
+            "steps": len(self.losses),
+            "entries": sum(row is not None for row in self.rows),
+            "tokens": self.tokens,
+            "position": self.optimiser.position,
+            "losses": [round(loss, 6) for loss in self.losses],
+        }
+        return Candidate(weights, digest, state, state_digest, tuple(self.losses), metrics)
+
+
+def train(
+    base: Base,
+    recipe: Recipe,
+    seed: int,
+    entries: Sequence[bytes | None],
+    parent_weights: bytes | None,
+    parent_state: bytes | None,
+    progress: Progress | None = None,
+) -> Candidate:
+    """Train one increment to its end.
+
+    `entries` are the segment's contents in index order (`events.content_of`), None for tombstones; the parent's files
+    are None for an adapter that begins. `progress` hears (step, steps, loss) after each step; what it raises ends the
+    increment. `Untrainable` when the loss is not finite.
+    """
+    learner = Learner(base, recipe, seed, entries, parent_weights, parent_state)
+    while not learner.done:
+        step(base, [learner])
+        if progress is not None and learner.losses:
+            progress(learner.place, len(learner.plan), learner.losses[-1])
+    return learner.candidate()
+
+
+def step(base: Base, learners: Sequence[Learner]) -> None:
+    """Take the next micro-batch of each learner in one forward and backward pass of the base.
+
+    The learners change the same modules; each has its own loss, optimiser and step count.
+    """
+    groups = [(learner, rows) for learner in learners if (rows := learner.next_rows())]
+    if not groups:
+        return
+    batch = arrange([rows for _, rows in groups], pad=0)
+    members = [
+        Member(learner.weights.pairs(), tokens) for (learner, _), tokens in zip(groups, batch.tokens_each, strict=True)
+    ]
+    tokens, positions, keep, targets = (
+        torch.tensor(values, device=base.device)
+        for values in (batch.tokens, batch.positions, batch.keep, batch.targets)
+    )
+    with torch.enable_grad():
+        hidden = base.hidden(tokens, positions, members, batch.blocks)[keep]
+        losses, slope = _losses(base, hidden.detach(), targets, batch)
+        leaves = [leaf for learner, _ in groups for leaf in learner.weights.leaves]
+        gradients = torch.autograd.grad(hidden, leaves, slope)
+    for (learner, _), loss, size in zip(groups, losses, batch.tokens_each, strict=True):
+        own, gradients = gradients[: len(learner.weights.leaves)], gradients[len(learner.weights.leaves) :]
+        learner.learn(loss, own, size)
+
+
+def _losses(base: Base, hidden: Tensor, targets: Tensor, batch: Batch) -> tuple[list[float], Tensor]:
+    """Every adapter's mean loss over its targets, and the slope of each loss at `hidden` [targets, width].
+
+    Logits exist for `_LOGIT_ROWS` places at a time.
+    """
+    shares = torch.cat([torch.full((n,), 1.0 / n, device=hidden.device) for n in batch.targets_each])
+    slopes, each = [], []
+    for first in range(0, hidden.shape[0], _LOGIT_ROWS):
+        part = hidden[first : first + _LOGIT_ROWS]
+        rows = part.shape[0]
+        filled = torch.zeros(-(-rows // _LOGIT_TILE) * _LOGIT_TILE, part.shape[1], device=part.device)
+        filled[:rows] = part
+        filled.requires_grad_()
+        logits = base.logits(filled)[:rows]
+        loss, pull = _cross_entropy(
+            logits.detach().float(), targets[first : first + rows], shares[first : first + rows]
+        )
+        (slope,) = torch.autograd.grad(logits, filled, pull.to(logits.dtype))
+        slopes.append(slope[:rows])
+        each.append(loss)
+    parts = torch.split(torch.cat(each).double().cpu(), list(batch.targets_each))
+    return [float(part.sum()) / len(part) for part in parts], torch.cat(slopes)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each row and the slope of `shares` times it at `logits` [rows, vocabulary], in one more buffer."""
+    rows = torch.arange(len(targets), device=targets.device)
+    top = logits.amax(-1, keepdim=True)
+    wanted = logits[rows, targets]
+    pull = (logits - top).exp_()
+    total = pull.sum(-1, keepdim=True)
+    loss = total.log().add_(top).squeeze(-1) - wanted
+    pull.mul_(shares[:, None] / total)
+    pull[rows, targets] -= shares
+    return loss, pull
+
+
+def _row(tokenizer: Any, entry: bytes | None, max_length: int) -> Row | None:
+    """An entry's tokens; None for a tombstone and for what has nothing to learn from."""
+    if entry is None:
+        return None
+    content = json.loads(entry)
+    if content.get("type", "example") != "example":
+        return None
+    try:
+        tokens, labels = example_ids(tokenizer, content, max_length)
+    except Exception:  # a chat template may refuse a conversation in its own ways; the rest of the segment is learned
+        return None
+    row = Row(tuple(tokens), tuple(labels))
+    return row if row.learns else None

@@ -1,0 +1,64 @@
+"""AdamW over one adapter's weights, held as one flat vector: few operators a step, and always in the same order."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from riverdelta.core.errors import Corrupt
+from riverdelta.core.recipe import Optimiser
+from riverdelta.core.weights import decode, encode
+
+
+def rate_at(optimiser: Optimiser, position: int) -> float:
+    """The learning rate at a position: optimiser steps since the adapter began, skipped ones counted."""
+    return optimiser.learning_rate / (1.0 + optimiser.decay * position)
+
+
+class AdamW:
+    """Moments of one flat float32 vector (Loshchilov and Hutter 2019), with gradients clipped by their norm.
+
+    `position` counts micro-batches since the adapter began, `taken` the steps among them that had a gradient.
+    """
+
+    def __init__(self, recipe: Optimiser, size: int, device: torch.device) -> None:
+        self.recipe = recipe
+        self.m = torch.zeros(size, device=device)
+        self.v = torch.zeros(size, device=device)
+        self.position = 0
+        self.taken = 0
+
+    def skip(self) -> None:
+        """Pass a micro-batch that has nothing to learn: the position moves, weights and moments do not."""
+        self.position += 1
+
+    def step(self, weights: Tensor, gradient: Tensor) -> None:
+        """Move `weights` in place. Both are float32 vectors of the moments' size."""
+        r = self.recipe
+        if r.clip:
+            norm = float(torch.linalg.vector_norm(gradient))
+            if norm > r.clip:
+                gradient = gradient * (r.clip / norm)
+        rate = rate_at(r, self.position)
+        self.position += 1
+        self.taken += 1
+        self.m.lerp_(gradient, 1.0 - r.beta1)
+        self.v.mul_(r.beta2).addcmul_(gradient, gradient, value=1.0 - r.beta2)
+        if r.weight_decay:
+            weights.mul_(1.0 - rate * r.weight_decay)
+        correction = math.sqrt(1.0 - r.beta2**self.taken)
+        scale = (self.v.sqrt() / correction).add_(r.epsilon)
+        weights.addcdiv_(self.m, scale, value=-rate / (1.0 - r.beta1**self.taken))
+
+    def dump(self) -> tuple[bytes, str]:
+        """The state file and its SHA-256."""
+        return encode({"position": self.position, "taken": self.taken}, {"m": self.m, "v": self.v})
+
+    def load(self, data: bytes, digest: str | None = None) -> None:
+        """Take over a state file; `Corrupt` when it is not one of this adapter's shape."""
+        held, tensors = decode(data, digest)
+        if set(tensors) != {"m", "v"} or any(tensor.shape != self.m.shape for tensor in tensors.values()):
+            raise Corrupt("The optimiser state does not fit its weights.", "Restore it from a backup.")
+        self.m.copy_(tensors["m"])
+        self.v.copy_(tensors["v"])
+        self.position, self.taken = int(held["position"]), int(held["taken"])

@@ -1,0 +1,70 @@
+"""The trainer as a process: opens its parts, turns until told to stop."""
+
+import logging
+import signal
+import threading
+
+from riverdelta.core import base as base_files
+from riverdelta.core.errors import Conflict
+from riverdelta.core.settings import Settings, new_holder
+from riverdelta.core.store import ObjectStore
+from riverdelta.core.telemetry import set_up_logs
+from riverdelta.registry.ledger import Ledger
+from riverdelta.registry.wakeups import Wakeups
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings, stop: threading.Event | None = None) -> None:
+    """Train until SIGTERM, SIGINT or `stop`; leaves within one step."""
+    set_up_logs()
+    stop = stop or threading.Event()
+    wake = threading.Event()
+
+    def leave(*_: object) -> None:
+        stop.set()
+        wake.set()
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, leave)
+        signal.signal(signal.SIGINT, leave)
+
+    from .base import Base
+    from .worker import Stopping, Worker
+
+    options = settings.trainer
+    folder = base_files.resolve(settings.base)
+    log.info("Loading the base model from %s", folder)
+    base = Base.load(folder, options.device, options.dtype, options.threads)
+    ledger = Ledger.open(settings.ledger_url)
+    held = ledger.remember("base", base.digest)
+    if held != base.digest:
+        raise Conflict(
+            f"This ledger's adapters were made for the base {held[:12]}, not {base.digest[:12]}.",
+            "Start with the base model that they were made for, or with another data folder.",
+        )
+    wakeups = Wakeups(settings)
+    wakeups.listen(settings.topics.jobs, wake)
+    try:
+        worker = Worker(
+            ledger,
+            ObjectStore(settings.store_url),
+            base,
+            new_holder("trainer"),
+            stop,
+            lambda adapter: wakeups.send(settings.topics.releases, adapter),
+        )
+        log.info("Ready to train on %s with %d threads", base.device, base.threads)
+        try:
+            while not stop.is_set():
+                wake.clear()
+                if not worker.turn():
+                    wake.wait(options.poll_seconds)
+        except Stopping:
+            pass
+        finally:
+            worker.close()
+    finally:
+        wakeups.close()
+        ledger.close()
+    log.info("Stopped")

@@ -1,0 +1,307 @@
+"""The trainer's loop: find work in the ledger, take steps, commit what is finished, drop what has been overtaken."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_when_event_set, wait_exponential
+
+from riverdelta.core import payload
+from riverdelta.core.digests import sha256
+from riverdelta.core.errors import Conflict, Corrupt, NotFound, RiverdeltaError, Unavailable
+from riverdelta.core.recipe import Recipe
+from riverdelta.core.store import ObjectStore, state_key, weights_key
+from riverdelta.registry.ledger import Cause, Increment, Ledger, Work
+
+from .base import Base
+from .fingerprint import fingerprint
+from .increment import Candidate, Learner, step
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LEASE_SECONDS = 10.0
+# A damaged payload or parent is for people to mend: it is said again this often, and other adapters go on.
+_STALLED_SECONDS = 30.0
+_PROGRESS_SECONDS = 2.0
+
+
+class Stopping(Exception):
+    """The trainer was told to stop while it waited for something."""
+
+
+@dataclass
+class Active:
+    """An increment in the making, and the ledger's head of its adapter when it was last seen to be wanted."""
+
+    work: Work
+    learner: Learner
+    head: int
+    began: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
+
+    @property
+    def name(self) -> str:
+        """Adapter and segment, for the log."""
+        return f"{self.work.adapter.name} segment {self.work.segment.number}"
+
+
+class Worker:
+    """One trainer. `turn` does one round of the loop; between rounds nothing but `active` is held in memory."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        store: ObjectStore,
+        base: Base,
+        holder: str,
+        stop: threading.Event,
+        released: Callable[[str], None],
+        most: int = 1,
+    ) -> None:
+        """`released` hears the adapter after each commit; `most` adapters are trained side by side."""
+        self._ledger, self._store, self._base = ledger, store, base
+        self._holder, self._stop, self._released, self._most = holder, stop, released, most
+        self._fingerprint = fingerprint(base)
+        self._active: dict[str, Active] = {}
+        self._stalled: dict[str, float] = {}
+        self._lease_due = 0.0
+        self._acked = self._patiently(lambda: ledger.take_lease(holder, "trainer", LEASE_SECONDS))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being trained."""
+        return not self._active
+
+    def turn(self) -> bool:
+        """Keep the lease, take up what waits, and take one step; False when there was nothing to do."""
+        self._keep_lease()
+        self._drop_overtaken()
+        self._take_up()
+        if not self._active:
+            return False
+        for group in self._groups():
+            step(self._base, [active.learner for active in group])
+        for active in list(self._active.values()):
+            self._tell(active)
+            if active.learner.done:
+                del self._active[active.work.adapter.name]
+                self._finish(active)
+        return True
+
+    def close(self) -> None:
+        """Give the lease up."""
+        self._active.clear()
+        try:
+            self._ledger.drop_lease(self._holder)
+        except Unavailable as error:
+            log.warning("The lease runs out by itself: %s", error)
+
+    # -- lease and fences ------------------------------------------------------------------------------------
+
+    def _keep_lease(self) -> None:
+        if time.monotonic() < self._lease_due:
+            return
+        try:
+            fence = self._patiently(lambda: self._ledger.renew_lease(self._holder, self._acked))
+            if fence > self._acked:
+                # What a forget touched has another epoch now: dropping that carries out every fence up to here.
+                self._drop_overtaken()
+                self._acked = fence
+                self._patiently(lambda: self._ledger.renew_lease(self._holder, fence))
+        except NotFound:
+            log.warning("The lease was given up for lost: beginning anew")
+            self._active.clear()
+            self._acked = self._patiently(lambda: self._ledger.take_lease(self._holder, "trainer", LEASE_SECONDS))
+        self._lease_due = time.monotonic() + LEASE_SECONDS / 5
+
+    def _drop_overtaken(self) -> None:
+        for name, active in list(self._active.items()):
+            if not self._patiently(lambda active=active: self._wanted(active)):  # type: ignore[misc]
+                log.info("Dropped %s: the ledger has moved on", active.name)
+                del self._active[name]
+
+    def _wanted(self, active: Active) -> bool:
+        name = active.work.adapter.name
+        head = self._ledger.adapter(name)
+        if head.head != active.head:
+            work = self._ledger.work(name)
+            if work is None or _identity(work) != _identity(active.work):
+                return False
+            active.head = work.adapter.head
+        return True
+
+    # -- work ------------------------------------------------------------------------------------------------
+
+    def _take_up(self) -> None:
+        if len(self._active) >= self._most:
+            return
+        now = time.monotonic()
+        for name, _ in self._patiently(self._ledger.waiting):
+            if len(self._active) >= self._most or self._stop.is_set():
+                return
+            if name in self._active or self._stalled.get(name, 0.0) > now:
+                continue
+            try:
+                self._begin(name)
+            except (Corrupt, NotFound) as error:
+                self._stalled[name] = now + _STALLED_SECONDS
+                log.error("%s waits until this is mended: %s", name, error)
+
+    def _begin(self, name: str) -> None:
+        work = self._patiently(lambda: self._ledger.work(name))
+        if work is None:
+            return
+        try:
+            learner = self._patiently(lambda: self._learner(work))
+        except NotFound:
+            # A purge may have replaced the payload, or a forget the parent, since the ledger was read.
+            if self._patiently(lambda: self._ledger.work(name)) == work:
+                raise
+            return
+        except (Corrupt, Unavailable):
+            raise
+        except RiverdeltaError as error:  # the recipe does not fit this base, or the parent does not fit the recipe
+            self._set_aside(work, error)
+            return
+        self._stalled.pop(name, None)
+        self._active[name] = Active(work, learner, work.adapter.head)
+        log.info(
+            "Training %s on version %d: %d entries, %d steps",
+            f"{name} segment {work.segment.number}",
+            work.parent.number if work.parent else 0,
+            work.segment.count,
+            len(learner.plan),
+        )
+
+    def _learner(self, work: Work) -> Learner:
+        segment, parent = work.segment, work.parent
+        contents = payload.decode(self._store.get(segment.payload), segment.payload_sha)
+        manifest = self._ledger.manifest(segment.adapter, segment.number)
+        if len(contents) != len(manifest.entries):
+            raise Corrupt(
+                f"Segment {segment.number} of {segment.adapter} has {len(manifest.entries)} entries and "
+                f"{len(contents)} contents.",
+                "Restore the object store from a backup.",
+            )
+        entries = [
+            None if entry.tombstone else content for entry, content in zip(manifest.entries, contents, strict=True)
+        ]
+        weights = state = None
+        if parent is not None:
+            weights = _checked(self._store.get(weights_key(parent.digest)), parent.digest)
+            if parent.state:
+                state = _checked(self._store.get(state_key(parent.state)), parent.state)
+        recipe = Recipe.from_dict(work.adapter.recipe)
+        return Learner(self._base, recipe, work.adapter.seed, entries, weights, state)
+
+    def _groups(self) -> list[list[Active]]:
+        groups: dict[tuple[str, ...], list[Active]] = {}
+        for active in self._active.values():
+            targets = tuple(target.module for target in active.learner.weights.shape.targets)
+            groups.setdefault(targets, []).append(active)
+        return list(groups.values())
+
+    def _tell(self, active: Active) -> None:
+        learner = active.learner
+        now = time.monotonic()
+        if learner.losses and (learner.done or now - active.told > _PROGRESS_SECONDS):
+            active.told = now
+            log.info("%s: step %d of %d, loss %.4f", active.name, learner.place, len(learner.plan), learner.losses[-1])
+
+    # -- outcomes --------------------------------------------------------------------------------------------
+
+    def _finish(self, active: Active) -> None:
+        try:
+            candidate = active.learner.candidate()
+        except RiverdeltaError as error:
+            self._set_aside(active.work, error)
+            return
+        work = active.work
+        self._patiently(lambda: self._store.put(weights_key(candidate.digest), candidate.weights))
+        self._patiently(lambda: self._store.put(state_key(candidate.state_digest), candidate.state))
+        increment = Increment(
+            work.adapter.name,
+            work.segment.number,
+            work.adapter.epoch,
+            work.parent.number if work.parent else 0,
+            candidate.digest,
+            candidate.state_digest,
+            (work.segment.number,),
+            self._fingerprint,
+            {**candidate.metrics, "seconds": round(time.monotonic() - active.began, 3)},
+        )
+        try:
+            version = self._patiently(lambda: self._ledger.commit(increment, self._holder))
+        except Conflict as refused:
+            log.info("Dropped %s: %s", active.name, refused)
+            self._discard(candidate)
+            return
+        log.info(
+            "Committed %s@%d, digest %s, in %.1f s",
+            version.adapter,
+            version.number,
+            version.digest[:12],
+            time.monotonic() - active.began,
+        )
+        self._released(version.adapter)
+
+    def _set_aside(self, work: Work, reason: RiverdeltaError) -> None:
+        name, number = work.adapter.name, work.segment.number
+        parent = work.parent.number if work.parent else 0
+        log.error("Segment %d of %s is set aside: %s", number, name, reason)
+        try:
+            self._patiently(
+                lambda: self._ledger.set_aside(
+                    name, number, work.adapter.epoch, parent, Cause.ERROR, str(reason), self._holder
+                )
+            )
+        except Conflict as refused:
+            log.info("Dropped that outcome: %s", refused)
+            return
+        self._released(name)
+
+    def _discard(self, candidate: Candidate) -> None:
+        """Refused work may hold what must not be kept."""
+        used = self._patiently(self._ledger.digests_in_use)
+        if candidate.digest not in used:
+            self._patiently(lambda: self._store.delete(weights_key(candidate.digest)))
+        if candidate.state_digest not in used:
+            self._patiently(lambda: self._store.delete(state_key(candidate.state_digest)))
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        """Wait out a ledger or store that is away; `Stopping` when told to stop meanwhile."""
+
+        def tell(state: RetryCallState) -> None:
+            log.warning("Waiting: %s", state.outcome.exception() if state.outcome else "")
+
+        def nap(seconds: float) -> None:
+            self._stop.wait(seconds)
+
+        def give_up(_: RetryCallState) -> T:
+            raise Stopping
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(Unavailable),
+            wait=wait_exponential(multiplier=0.2, max=10),
+            stop=stop_when_event_set(self._stop),
+            sleep=nap,
+            before_sleep=tell,
+            retry_error_callback=give_up,
+        )
+        return retrying(action)
+
+
+def _identity(work: Work) -> tuple[int, int, int, str]:
+    """What must be the same for an outcome to be accepted."""
+    parent = work.parent.number if work.parent else 0
+    return work.segment.number, work.adapter.epoch, parent, work.adapter.recipe_digest
+
+
+def _checked(data: bytes, digest: str) -> bytes:
+    if sha256(data) != digest:
+        raise Corrupt(f"What the store holds as {digest[:12]} is something else.", "Restore it from a backup.")
+    return data
