@@ -159,6 +159,7 @@ def measure(cell: Cell, names: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     graphs = {}
     errors = {}
+    held = []  # a graph knows addresses only: what lies there must live as long
     for name in ["ours", *names]:
         try:
             calls, out = ours(inputs) if name == "ours" else peer(inputs, name)
@@ -166,12 +167,14 @@ def measure(cell: Cell, names: list[str]) -> dict[str, Any]:
             torch.cuda.synchronize()
             errors[name] = float((out[0].double() - expected).norm() / expected.norm())
             graphs[name] = capture(calls)
+            held.append((calls, out))
         except Exception as error:
             if name == "ours":
                 raise
             found[f"{name}_failed"] = f"{type(error).__name__}: {error}"[:200]
     for block, warps in ((1024, 4), (2048, 4), (4096, 8)):
-        graphs[f"floor {block}"] = capture(floor(inputs, block, warps)[0])
+        held.append(floor(inputs, block, warps))
+        graphs[f"floor {block}"] = capture(held[-1][0])
     if "vllm" in graphs:
         peers.Vllm.forget()
     times = microseconds([(graph, inputs.sets) for graph in graphs.values()])

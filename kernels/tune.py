@@ -39,7 +39,7 @@ def shrink_plans(base: Plan, site: Site) -> Iterator[Plan]:
     stacked = max(16, 1 << (rank * len(parts) - 1).bit_length())
     for chunk in (256, 512, 1024):
         for tile in sorted({16, min(64, stacked)}):
-            loops = [(128, 3, 4), (256, 2, 4), (128, 3, 2), (256, 1, 4)] if tile == 16 else [(128, 3, 4), (64, 4, 4)]
+            loops = [(128, 3, 4), (256, 2, 4), (128, 3, 2), (128, 4, 2)] if tile == 16 else [(128, 3, 4), (64, 4, 4)]
             for block_k, stages, warps in loops:
                 if chunk <= in_features:
                     yield replace(
@@ -50,9 +50,14 @@ def shrink_plans(base: Plan, site: Site) -> Iterator[Plan]:
 def expand_plans(base: Plan, site: Site) -> Iterator[Plan]:
     """Variants of how the output is cut."""
     _, parts, _ = site
-    for block_n, warps in itertools.product((64, 128, 256, 512), (2, 4, 8)):
+    for block_n, warps in itertools.product((64, 128, 256, 512, 1024), (2, 4, 8)):
         if block_n <= max(parts) and 16 <= block_n // warps <= 128 and block_n * base.expand_rank <= 16384:
             yield replace(base, block_n=block_n, expand_warps=warps)
+
+
+def prefetch_plans(base: Plan, site: Site) -> Iterator[Plan]:
+    """Leave out the prefetch."""
+    yield replace(base, prefetch=False)
 
 
 def fused_plans(base: Plan, site: Site) -> Iterator[Plan]:
@@ -67,7 +72,7 @@ def tune(site: Site) -> tuple[Plan, dict[str, float]]:
     """The fastest plan of a site and how long it and the untuned one take, in microseconds."""
     bench = _Bench(site)
     best = start = default_plan(*site)
-    for variants in (shrink_plans, expand_plans, fused_plans):
+    for variants in (shrink_plans, expand_plans, prefetch_plans, fused_plans):
         best = bench.best([best, *variants(best, site)])
     return best, {"tuned_us": bench.times[best], "default_us": bench.time(start)}
 
@@ -145,8 +150,8 @@ def _compile_all(sites: list[Site]) -> None:
         for plan in shrink_plans(default_plan(*site), site):
             jobs[site, plan] = None
             if (plan.block_k, plan.stages, plan.shrink_rank) == (128, 3, 16):
-                for expand in expand_plans(plan, site):
-                    jobs[site, expand] = None
+                for variant in (*expand_plans(plan, site), *prefetch_plans(plan, site)):
+                    jobs[site, variant] = None
                 for fused in fused_plans(plan, site):
                     jobs[site, fused] = None
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:

@@ -33,6 +33,8 @@ class Plan:
     """Rank rows of a part that expand takes at once."""
     expand_warps: int
     fused: bool = False
+    prefetch: bool = True
+    """Whether shrink brings expand's B into the L2 cache."""
 
 
 def site_key(in_features: int, parts: tuple[int, ...], max_rank: int) -> str:
