@@ -1,0 +1,155 @@
+"""/admin: acts on the registry over HTTP, for callers with the admin role."""
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
+
+from riverdelta.core.errors import NotFound
+from riverdelta.core.keys import SubjectKey
+from riverdelta.core.names import check_adapter
+from riverdelta.registry.ledger import AdapterRecord, Forget, Stage
+from riverdelta.registry.wakeups import Wakeups
+
+from .server import Server
+
+T = TypeVar("T")
+Name = Annotated[str, StringConstraints(min_length=1, max_length=63)]
+Reason = Annotated[str, StringConstraints(max_length=1000)]
+_FENCED_KINDS = ("server",)
+
+
+class _Act(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    reason: Reason = ""
+
+
+class SubjectAct(_Act):
+    """About one subject, in one adapter or explicitly in all."""
+
+    subject: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    adapter: Name | None = None
+    all_adapters: bool = False
+
+    @model_validator(mode="after")
+    def _one_or_all(self) -> "SubjectAct":
+        if (self.adapter is None) != self.all_adapters:
+            raise PydanticCustomError("adapters", "give adapter, or all_adapters: true, one of them")
+        return self
+
+    @property
+    def adapters(self) -> list[str] | None:
+        """As the ledger takes them."""
+        return None if self.adapter is None else [check_adapter(self.adapter)]
+
+
+class ForgetAct(SubjectAct):
+    """Repeating a `request_id` repeats nothing."""
+
+    request_id: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
+
+
+class RollbackAct(_Act):
+    """To `version`, or to the one before the release."""
+
+    adapter: Name
+    version: Annotated[int, Field(ge=1)] | None = None
+
+
+class ResumeAct(_Act):
+    """`continue` with new segments, `replay` those set aside, or back to the `tip`."""
+
+    adapter: Name
+    mode: Literal["continue", "replay", "tip"] = "continue"
+
+
+def routes(server: Server) -> APIRouter:
+    """The admin endpoints. The envelope has checked the caller's role."""
+    router = APIRouter(prefix="/admin", tags=["admin"])
+    wakeups = Wakeups(server.settings)
+
+    async def act(request: Request, work: Callable[[str], T], *topics: str) -> T:
+        done = await asyncio.to_thread(work, f"http:{request.state.caller.name}")
+        if server.settings.kafka.bootstrap:
+            for topic in topics:
+                wakeups.send(topic, "")
+        return done
+
+    topics = server.settings.topics
+
+    @router.post("/forget")
+    async def forget(body: ForgetAct, request: Request) -> dict[str, Any]:
+        """Fence a subject off; answers when no server can produce a token from what learned from it."""
+        request_id = body.request_id or secrets.token_hex(16)
+
+        def work(actor: str) -> tuple[Forget, list[str]]:
+            subject = SubjectKey.open(server.settings.keys_dir).subject(body.subject)
+            held = server.ledger.forget(request_id, subject, body.adapters, actor, body.reason)
+            if server.settings.kafka.bootstrap:
+                wakeups.send(topics.releases, "")
+            return held, server.ledger.await_fence(held.fence, _FENCED_KINDS)
+
+        held, lost = await act(request, work, topics.releases, topics.jobs)
+        return {**_forget(held), "fenced": True, "lost_servers": lost}
+
+    @router.get("/forgets/{request_id}")
+    async def one_forget(request_id: str) -> dict[str, Any]:
+        """How far a forget has come: fenced, acknowledged, rebuilt, purged."""
+        held = await asyncio.to_thread(server.ledger.forgets)
+        for procedure in held:
+            if procedure.id == request_id:
+                return _forget(procedure)
+        raise NotFound("There is no such forget.", "Give the request_id that the forget was asked for with.")
+
+    @router.post("/allow")
+    async def allow(body: SubjectAct, request: Request) -> dict[str, Any]:
+        """Let a forgotten subject be learned again, from now on."""
+
+        def work(actor: str) -> list[str]:
+            subject = SubjectKey.open(server.settings.keys_dir).subject(body.subject)
+            return server.ledger.allow(subject, body.adapters, actor, body.reason)
+
+        return {"allowed": await act(request, work, topics.releases)}
+
+    @router.post("/rollback")
+    async def rollback(body: RollbackAct, request: Request) -> dict[str, Any]:
+        """Move a release to an earlier version and hold it there."""
+        name = check_adapter(body.adapter)
+        head = await act(
+            request, lambda actor: server.ledger.rollback(name, body.version, actor, body.reason), topics.releases
+        )
+        return _head(head)
+
+    @router.post("/resume")
+    async def resume(body: ResumeAct, request: Request) -> dict[str, Any]:
+        """End a hold."""
+        name = check_adapter(body.adapter)
+        head = await act(
+            request,
+            lambda actor: server.ledger.resume(name, body.mode, actor, body.reason),
+            topics.releases,
+            topics.jobs,
+        )
+        return _head(head)
+
+    return router
+
+
+def _forget(held: Forget) -> dict[str, Any]:
+    return {
+        "request_id": held.id,
+        "stage": held.stage,
+        "done": held.stage is Stage.PURGED,
+        "at": held.at,
+        "adapters": held.adapters,
+        "revoked": {part["adapter"]: part["versions"] for part in held.body.get("doomed", [])},
+    }
+
+
+def _head(head: AdapterRecord) -> dict[str, Any]:
+    return {"adapter": head.name, "release": head.release, "tip": head.tip, "held": head.held, "epoch": head.epoch}

@@ -1,0 +1,116 @@
+"""/v1/completions and /v1/chat/completions."""
+
+import secrets
+from asyncio import create_task
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.types import Receive, Scope, Send
+
+from riverdelta.core.errors import BadInput
+from riverdelta.core.names import ModelRef
+
+from .answers import ChatShape, CompletionShape, Shape
+from .engine import Event, FinishEvent, SamplingParams, TokenEvent
+from .errors import ModelNotFound
+from .generation import Answer
+from .keys import Caller
+from .requests import ChatRequest, CompletionRequest
+from .server import Server
+from .writing import gone, send_json, send_stream
+
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}}
+}
+
+
+class AnswerResponse(Response):
+    """Sends an answer, and ends its generation when the client goes away."""
+
+    def __init__(self, server: Server, answer: Answer, stream: bool, include_usage: bool) -> None:
+        self._server, self._answer = server, answer
+        self._stream, self._include_usage = stream, include_usage
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        answer, writers, said = self._answer, self._server.writers, scope["state"]["said"]
+        digest = answer.bound.digest
+        said.update(model=answer.bound.name, digest=answer.fingerprint[:12])
+
+        async def cancel_when_gone() -> None:
+            await gone(receive)
+            answer.cancel()
+
+        watch = create_task(cancel_when_gone())
+        try:
+            if self._stream:
+                said["end"] = await send_stream(writers, send, answer.frames(self._include_usage), {}, digest)
+            else:
+                await send_json(writers, send, 200, await answer.collect(), {}, digest)
+            said["whole"] = True
+        finally:
+            watch.cancel()
+            answer.cancel()
+            usage = answer.counted()
+            said.update({name: usage[name] for name in ("prompt_tokens", "completion_tokens")})
+
+
+def visible(text: str, caller: Caller) -> ModelRef:
+    """The model that a name means; `ModelNotFound` also for what this caller may not know of."""
+    try:
+        ref = ModelRef.parse(text)
+    except BadInput as error:
+        raise ModelNotFound(text) from error
+    if not caller.sees(ref.adapter):
+        raise ModelNotFound(text)
+    return ref
+
+
+def routes(server: Server) -> APIRouter:
+    """The two endpoints that generate."""
+    router = APIRouter(tags=["generate"])
+
+    async def begin(
+        request: Request,
+        said: CompletionRequest | ChatRequest,
+        shape: Shape,
+        prompts: list[list[int]],
+        sampling: SamplingParams,
+        ref: ModelRef,
+    ) -> Answer:
+        caller = request.state.caller
+        answer_id = shape.prefix + secrets.token_hex(12)
+        answer = await server.generator.begin(answer_id, shape, ref, caller, prompts, sampling, said.choices)
+        labels = (answer.bound.adapter or "base", str(answer.bound.version or 0))
+
+        def count(event: Event, before: float | None) -> None:
+            if isinstance(event, TokenEvent):
+                since = answer.started if before is None else before
+                server.metrics.token(labels, event.emitted_at - since, before is None)
+            elif isinstance(event, FinishEvent):
+                server.metrics.sequence(labels, event.finish_reason, event.usage.prompt_tokens)
+
+        answer.on_event = count
+        return answer
+
+    @router.post("/v1/completions", responses=ANSWERS, response_class=AnswerResponse)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue one or more prompts."""
+        ref = visible(body.model, request.state.caller)
+        prompts = await server.generator.completion_prompts(body)
+        sampling = body.sampling(16 if body.max_tokens is None else body.max_tokens, body.logprobs)
+        answer = await begin(request, body, CompletionShape(), prompts, sampling, ref)
+        return AnswerResponse(server, answer, bool(body.stream), body.include_usage)
+
+    @router.post("/v1/chat/completions", responses=ANSWERS, response_class=AnswerResponse)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        ref = visible(body.model, request.state.caller)
+        prompt = await server.generator.chat_prompt(body)
+        limit = body.max_completion_tokens or body.max_tokens or server.generator.room(prompt)
+        sampling = body.sampling(limit, (body.top_logprobs or 0) if body.logprobs else None)
+        answer = await begin(request, body, ChatShape(), [prompt], sampling, ref)
+        return AnswerResponse(server, answer, bool(body.stream), body.include_usage)
+
+    return router

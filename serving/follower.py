@@ -1,0 +1,156 @@
+"""Follows the ledger: holds the server's lease, carries out fences, moves releases."""
+
+import logging
+import threading
+from collections.abc import Callable, Collection
+
+from riverdelta.core.errors import NotFound, RiverdeltaError
+from riverdelta.core.settings import Settings, new_holder
+from riverdelta.registry.ledger import Ledger
+
+from .fleet import Fleet
+from .permit import Permit, clock
+from .releases import Release
+
+log = logging.getLogger(__name__)
+_FULL_READ_SECONDS = 2.0
+_RENEWALS = 4  # times per term
+_SHARE = 4  # reading releases may take one part in so many of the time
+
+
+class Follower:
+    """A thread that reads the ledger whenever it moves. `flush` makes sure that nothing of fenced digests is still
+    on its way to a client; a fence is acknowledged after it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        fleet: Fleet,
+        permit: Permit,
+        flush: Callable[[Collection[str]], None],
+        on_fence: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self.holder = new_holder("server")
+        self.wake = threading.Event()
+        self.ready = threading.Event()
+        self._ttl, self._poll = settings.serving.lease_seconds, settings.serving.poll_seconds
+        self._preload = settings.serving.adapter_slots
+        self._ledger, self._fleet, self._permit = ledger, fleet, permit
+        self._flush, self._on_fence = flush, on_fence
+        self._stop = threading.Event()
+        self._held = False
+        self._acked: int | None = None
+        self._clock = -1
+        self._dirty = True
+        self._deadline = self._renew_at = self._read_at = self._rest_until = 0.0
+        self._troubled = False
+        self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; `ready` is set once a lease is held and the releases were read under it."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and give the lease up. The engine must have stopped: nobody waits for its answers then."""
+        self._stop.set()
+        self.wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2)
+        if self._held and not self._thread.is_alive():
+            try:
+                self._ledger.drop_lease(self.holder)
+            except RiverdeltaError as error:
+                log.warning("lease not given up: %s", error)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            woken = self.wake.is_set()
+            self.wake.clear()
+            try:
+                self._turn(woken)
+                if self._troubled:
+                    self._troubled = False
+                    log.info("the ledger answers again")
+            except RiverdeltaError as error:
+                if not self._troubled:
+                    log.warning("the ledger cannot be followed: %s", error)
+                self._troubled = True
+            except Exception:
+                log.exception("the follower failed and goes on")
+                self._troubled = True
+            self.wake.wait(self._poll)
+
+    def _turn(self, woken: bool) -> None:
+        if not self._held:
+            self._take()
+        now = self._ledger.clock()
+        moved, self._clock = now != self._clock, now
+        self._dirty |= moved or woken  # woken also when weights that were wanted are loaded
+        if moved or clock() >= self._renew_at:
+            self._renew()
+        if self._held and (self._permit.halted or self._due()):
+            self._read()
+
+    def _due(self) -> bool:
+        return clock() >= (self._rest_until if self._dirty else self._read_at)
+
+    def _take(self) -> None:
+        asked = clock()
+        fence = self._ledger.take_lease(self.holder, "server", self._ttl)
+        if self._acked is not None:
+            log.info("took a new lease", extra={"holder": self.holder})
+            self._carry_out()
+        self._held = True
+        self._acked = fence if self._acked is None else max(fence, self._acked)
+        self._extend(asked)
+
+    def _renew(self) -> None:
+        assert self._acked is not None
+        while True:
+            asked = clock()
+            try:
+                last = self._ledger.renew_lease(self.holder, self._acked)
+            except NotFound:
+                log.warning("the lease was given up for lost: adapters stop until a new one is taken")
+                self._held = False
+                self._permit.halt()
+                self.wake.set()
+                return
+            if last <= self._acked:
+                self._extend(asked)
+                return
+            self._carry_out()
+
+    def _extend(self, asked: float) -> None:
+        self._deadline = asked + self._ttl
+        self._renew_at = asked + self._ttl / _RENEWALS
+        self._permit.extend(self._deadline)
+
+    def _carry_out(self) -> None:
+        assert self._acked is not None
+        began = clock()
+        number, digests = self._fleet.carry_out(self._acked)
+        self._flush(digests)
+        self._dirty = True
+        self._rest_until = 0.0  # an alias may point at what is gone
+        self._acked = number
+        self._on_fence(clock() - began)
+        log.info("fence carried out", extra={"fence": number, "digests": len(digests)})
+
+    def _read(self) -> None:
+        began = clock()
+        wanted = {name: Release(version, digest) for name, (version, digest) in self._ledger.releases().items()}
+        steps = self._fleet.follow(wanted)
+        self._dirty = False
+        self._read_at = began + _FULL_READ_SECONDS
+        self._rest_until = clock() + _SHARE * (clock() - began)
+        if self._permit.halted:
+            self._permit.resume(self._deadline)
+        if not self.ready.is_set():
+            self._fleet.preload(self._preload)
+            self.ready.set()
+            log.info("following the ledger", extra={"holder": self.holder, "adapters": len(wanted)})
+        elif steps.flips:
+            moves = {name: release and release.version for name, release in list(steps.flips.items())[:5]}
+            log.info("releases moved", extra={"count": len(steps.flips), "first": moves})

@@ -1,0 +1,145 @@
+"""`riverdelta serve`: the process around a server, from its socket to its clean end."""
+
+import ipaddress
+import logging
+import resource
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import uvicorn
+
+from riverdelta.core.errors import BadInput, Conflict
+from riverdelta.core.settings import Settings
+from riverdelta.core.telemetry import set_up_logs
+
+from .api import create_app
+from .connections import BoundedProtocol
+from .server import Server
+
+log = logging.getLogger(__name__)
+_GRACE_SECONDS = 2  # for answers to end after they were told to
+_CONNECTIONS_BESIDE_QUEUE = 512
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises what keeps the server from starting or running."""
+    set_up_logs()
+    serving = settings.serving
+    if not serving.api_keys and not is_loopback(serving.host):
+        raise BadInput(
+            f"Serving on {serving.host} needs API keys.",
+            "Set serving.api_keys to a file of keys, or serve on 127.0.0.1.",
+        )
+    with bind(serving.host, serving.port) as sock:
+        if serving.threads:
+            import torch
+
+            torch.set_num_threads(serving.threads)
+        http = HttpServer(Server(settings), sock)
+        http.run_until_stopped()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket of our own, before anything slow; `Conflict` when the port is taken."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        # Two servers that bind without listening would both succeed: listening settles it.
+        sock.listen(2048)
+    except OSError as error:
+        raise Conflict(
+            f"Cannot listen on {host}:{port}: {error.strerror or error}.",
+            "Stop what listens there, or choose another with serving.port (0: any free one).",
+        ) from error
+    return sock
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn around a `Server`. HTTP answers at once; the base loads meanwhile."""
+
+    def __init__(self, server: Server, sock: socket.socket) -> None:
+        self.server = server
+        self.sock = sock
+        self.url = f"http://{server.settings.serving.host}:{sock.getsockname()[1]}"
+        super().__init__(
+            uvicorn.Config(
+                create_app(server),
+                http=BoundedProtocol,
+                ws="none",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+                limit_concurrency=server.settings.serving.max_queue + _CONNECTIONS_BESIDE_QUEUE,
+            )
+        )
+
+    def run_until_stopped(self) -> None:
+        """Serve; returns after a clean stop, raises what broke the server."""
+        _many_files()
+        threading.Thread(target=self._start, name="start", daemon=True).start()
+        log.info("listening on %s", self.url)
+        self.run(sockets=[self.sock])
+        self.server.stop()
+        if self.server.failure is not None:
+            raise self.server.failure
+
+    def stop(self) -> None:
+        """Begin a clean stop, from any thread."""
+        self.should_exit = True
+        threading.Thread(target=self.server.stop, name="stop", daemon=True).start()
+
+    async def on_tick(self, counter: int) -> bool:
+        """An engine that has failed is only cured by a new process."""
+        if not self.should_exit and not self.server.alive:
+            if self.server.failure is None:
+                self.server.failure = RuntimeError("the engine has failed; the log says why")
+            self.stop()
+        return await super().on_tick(counter)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on a signal, and leave it at that: uvicorn would raise it again afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            log.info("stopping on %s", signal.Signals(number).name)
+            self.stop()
+
+        held = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in held.items():
+                signal.signal(number, handler)
+
+    def _start(self) -> None:
+        try:
+            self.server.start()
+        except Exception as error:
+            self.server.failure = error
+            self.stop()
+
+
+def _many_files() -> None:
+    """Each connection is a file: take as many as the system lets us."""
+    with suppress(ValueError, OSError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
