@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from riverdelta.core.errors import RiverdeltaError
 
-from .options import AsJson, Base, Config, Data, KafkaServers, read_settings, with_base
+from .options import AsJson, Base, Config, Data, KafkaServers, read_settings, with_base, with_kafka
 
 
 class _Root(TyperGroup):
@@ -61,7 +61,7 @@ def stream(config: Config = None, data: Data = None, kafka: KafkaServers = None)
     _settle()
     from riverdelta.streams.run import run
 
-    run(read_settings(config, data, kafka=kafka))
+    run(with_kafka(read_settings(config, data, kafka=kafka)))
 
 
 @app.command()
@@ -109,7 +109,7 @@ def publish(
     """Publish events, and check that each arrived."""
     from .publish import publish as run
 
-    run(read_settings(config, data, kafka=kafka), file, adapter, subject, as_json)
+    run(with_kafka(read_settings(config, data, kafka=kafka)), file, adapter, subject, as_json)
 
 
 @app.command()
@@ -155,7 +155,7 @@ def dlt_list(as_json: AsJson = False, config: Config = None, data: Data = None, 
     """List the records that were not events, with the reason."""
     from .dead_letters import list_letters
 
-    list_letters(read_settings(config, data, kafka=kafka), as_json)
+    list_letters(with_kafka(read_settings(config, data, kafka=kafka)), as_json)
 
 
 @dlt.command("replay")
@@ -168,7 +168,7 @@ def dlt_replay(
     """Publish the original bytes of dead letters again, once their cause is mended."""
     from .dead_letters import replay
 
-    replay(read_settings(config, data, kafka=kafka), reason)
+    replay(with_kafka(read_settings(config, data, kafka=kafka)), reason)
 
 
 @app.command()
@@ -184,7 +184,7 @@ def counterfactual(
     """Train an adapter alone from the raw events, with subjects suppressed from the start, and compare the digests."""
     from .counterfactual import main as run
 
-    settings = with_base(read_settings(config, data, base, kafka))
+    settings = with_kafka(with_base(read_settings(config, data, base, kafka)))
     raise typer.Exit(run(settings, adapter, without or [], as_json))
 
 

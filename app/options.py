@@ -48,3 +48,15 @@ def with_base(settings: "Settings") -> "Settings":
     if settings.base == NAME:
         os.environ["RIVERDELTA_BASE"] = settings.base = str(gemma_folder(lambda step: typer.echo(step, err=True)))
     return settings
+
+
+def with_kafka(settings: "Settings") -> "Settings":
+    """The settings, if they name a Kafka cluster."""
+    from riverdelta.core.errors import BadInput
+
+    if not settings.kafka.bootstrap:
+        raise BadInput(
+            f"No Kafka cluster is known, and no `riverdelta up` has run on {settings.data}.",
+            "Give --kafka HOST:PORT or --data, or set KAFKA_BOOTSTRAP_SERVERS.",
+        )
+    return settings

@@ -135,10 +135,10 @@ class _Up:
         return False
 
     def _make_topics(self, children: Children) -> None:
-        from riverdelta.streams import topics
+        from riverdelta.streams.topics import ensure
 
         try:
-            topics.ensure(self._settings)
+            ensure(self._settings)
         except RiverdeltaError as error:
             children.give_up(error.exit_code, f"The topics cannot be made: {error}")
 

@@ -1,0 +1,138 @@
+"""`riverdelta trace`: what became of one event, from its offset to the versions that learned it."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+
+from riverdelta.core.errors import NotFound
+from riverdelta.core.keys import SubjectKey
+from riverdelta.core.settings import Settings
+from riverdelta.registry.ledger import Ledger, ManifestEntry
+from riverdelta.registry.ledger.decisions import lineage
+
+_ID_BYTES = 12  # of an event's hash, the id's share; the rest is the source's
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An event as the ledger knows it. `live` says whether the adapter's release learned it."""
+
+    adapter: str
+    index: int
+    partition: int
+    offset: int
+    incarnation: str
+    segment: int
+    outcome: str
+    cause: str
+    tombstone: bool
+    versions: list[int]
+    revoked: list[int]
+    release: int
+    live: bool
+
+
+def trace(settings: Settings, event: str, source: str, adapter: str, as_json: bool) -> None:
+    """Print what is known of an event; `NotFound` when nothing is."""
+    ledger = open_ledger(settings)
+    try:
+        found = list(find(ledger, settings, event, source, adapter))
+    finally:
+        ledger.close()
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in found]))
+    else:
+        for each in found:
+            typer.echo(describe(each))
+    if not found:
+        raise NotFound(
+            f"The ledger has no entry for {event}. {_refusal(settings, event)}".strip(),
+            "An event becomes an entry when its segment is sealed; a duplicate becomes none. "
+            "`riverdelta dlt list` shows what was refused.",
+        )
+
+
+def find(ledger: Ledger, settings: Settings, event: str, source: str = "", adapter: str = "") -> Iterator[Trace]:
+    """Every entry that an event became. `event` is a producer's id or PARTITION:OFFSET."""
+    at = re.fullmatch(r"(\d+):(\d+)", event)
+    hashed = SubjectKey.open(settings.keys_dir).event(source, event)
+
+    def matches(entry: ManifestEntry) -> bool:
+        if at is not None:
+            return (entry.partition, entry.offset) == (int(at[1]), int(at[2]))
+        return entry.event == hashed if source else entry.event[:_ID_BYTES] == hashed[:_ID_BYTES]
+
+    names = [adapter] if adapter else [record.name for record in ledger.adapters()]
+    for name in names:
+        head, versions = ledger.adapter(name), ledger.versions(name)
+        for segment in ledger.segments(name):
+            manifest = ledger.manifest(name, segment.number)
+            for position, entry in enumerate(manifest.entries):
+                if not matches(entry):
+                    continue
+                learned = [
+                    number
+                    for number in versions
+                    if any(versions[ancestor].segment == segment.number for ancestor in lineage(versions, number))
+                ]
+                kept = [number for number in learned if not versions[number].revoked]
+                yield Trace(
+                    name,
+                    segment.first + position,
+                    entry.partition,
+                    entry.offset,
+                    manifest.incarnations[entry.run],
+                    segment.number,
+                    str(segment.outcome),
+                    str(segment.cause),
+                    entry.tombstone,
+                    kept,
+                    [number for number in learned if number not in kept],
+                    head.release,
+                    head.release in kept and not entry.tombstone,
+                )
+
+
+def describe(found: Trace) -> str:
+    """A trace in words."""
+    outcome = found.outcome.replace("_", " ") + (f" ({found.cause})" if found.cause else "")
+    what = "a tombstone: its content is suppressed or erased" if found.tombstone else "an entry"
+    lines = [
+        f"partition {found.partition}, offset {found.offset}",
+        f"  {found.adapter}: index {found.index}, {what}",
+        f"  segment {found.segment}: {outcome}",
+        f"  versions {_numbers(found.versions)}, revoked {_numbers(found.revoked)}",
+        f"  {'live' if found.live else 'not live'}: the release is version {found.release}",
+    ]
+    return "\n".join(lines)
+
+
+def open_ledger(settings: Settings) -> Ledger:
+    """The ledger, which must be there already."""
+    path = settings.ledger_url.removeprefix("sqlite:///")
+    if path != settings.ledger_url and not Path(path).is_file():
+        raise NotFound(f"There is no ledger at {path}.", "Give the data folder with --data, or start `riverdelta up`.")
+    return Ledger.open(settings.ledger_url)
+
+
+def _numbers(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
+
+
+def _refusal(settings: Settings, event: str) -> str:
+    """Why the event is a dead letter, if it is one and the broker is there."""
+    from riverdelta.core.errors import RiverdeltaError
+    from riverdelta.streams.dead_letters import list_dead_letters
+
+    try:
+        letters = list_dead_letters(settings) if settings.kafka.bootstrap else []
+    except RiverdeltaError:
+        return ""
+    for letter in letters:
+        if f"{letter.origin_partition}:{letter.origin_offset}" == event or event.encode() in (letter.value or b""):
+            return f"It was refused ({letter.reason}): {letter.message}"
+    return ""
