@@ -5,6 +5,7 @@ What a message says is not trusted: a listener only looks at the ledger sooner t
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from riverdelta.core.settings import Settings
@@ -37,12 +38,13 @@ class Wakeups:
         self._spawn(f"hear {topic}", lambda: self._hear(topic, event))
 
     def close(self) -> None:
-        """Stop every thread."""
+        """Stop every thread; one that still waits for a broker that is away is left to die with the process."""
         self._stop.set()
         with self._filled:
             self._filled.notify_all()
+        deadline = time.monotonic() + 1.0
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def _spawn(self, name: str, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
