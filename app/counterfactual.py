@@ -1,0 +1,179 @@
+"""The counterfactual: an adapter trained anew, alone, from the raw events, with subjects suppressed from the start.
+
+What it takes from the ledger are the facts that a forget keeps: which events made which entries, their order, the
+segments' boundaries, which segments the live version's lineage learned, and from which index on a subject was allowed
+again. Contents come from Kafka, and which entries are tombstones is decided here, from the subjects' plain names.
+"""
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import typer
+
+from riverdelta.core.errors import NotFound, Refused
+from riverdelta.core.recipe import Recipe
+from riverdelta.core.settings import Settings
+from riverdelta.registry.ledger import Ledger, VersionRecord
+from riverdelta.registry.ledger.decisions import lineage
+
+from .raw_log import Where, read_lessons
+from .trace import open_ledger
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each entry of each segment lies in Kafka, in training order, and what is to come out."""
+
+    adapter: str
+    version: int
+    digest: str
+    recipe: dict[str, Any]
+    seed: int
+    segments: tuple[tuple[Where, ...], ...]
+    indexes: dict[Where, int]
+    allowed: dict[str, int]  # per keyed hash of a subject, the index from which it may be learned again
+    incarnations: frozenset[str]
+    revoked: frozenset[str]
+    fingerprint: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Both digests; `tombstones` counts the entries that the counterfactual left out."""
+
+    adapter: str
+    version: int
+    live: str
+    counterfactual: str
+    entries: int
+    tombstones: int
+    same_environment: bool
+
+    @property
+    def equal(self) -> bool:
+        """Whether the live weights are those of a run that never had the subjects' data."""
+        return self.live == self.counterfactual
+
+
+def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
+    """What to train, read from the ledger; `version` defaults to the release."""
+    head, versions = ledger.adapter(adapter), ledger.versions(adapter)
+    number = head.release if version is None else version
+    if not number:
+        raise NotFound(f"{adapter} has learned nothing that is released.", "Publish events first.")
+    if number not in versions:
+        raise NotFound(f"{adapter} has no version {number}.", f"`riverdelta registry show {adapter}` lists them.")
+    line = [versions[each] for each in reversed(lineage(versions, number))]
+    numbers = [_segment_of(each) for each in line]
+    manifests = [ledger.manifest(adapter, each) for each in numbers]
+    segments = tuple(tuple((entry.partition, entry.offset) for entry in manifest.entries) for manifest in manifests)
+    firsts = [ledger.segment(adapter, each).first for each in numbers]
+    allowed: dict[str, int] = {}
+    for fact in ledger.facts(adapter):
+        if fact.kind == "allow":
+            allowed[fact.body["subject"]] = fact.body["index"]
+        elif fact.kind == "forget":
+            allowed.pop(fact.body["subject"], None)
+    clean = {each.digest for each in versions.values() if not each.revoked}
+    return Plan(
+        adapter,
+        number,
+        versions[number].digest,
+        head.recipe,
+        head.seed,
+        segments,
+        {at: first + i for first, places in zip(firsts, segments, strict=True) for i, at in enumerate(places)},
+        allowed,
+        frozenset(run for manifest in manifests for run in manifest.incarnations),
+        frozenset(each.digest for each in versions.values() if each.revoked) - clean,
+        versions[number].fingerprint,
+    )
+
+
+def train(settings: Settings, wanted: Plan, without: Collection[str], progress: Progress = lambda *_: None) -> Result:
+    """Train the plan from the base on, as one adapter alone, and compare."""
+    from riverdelta.core.base import resolve
+    from riverdelta.trainer.base import Base
+    from riverdelta.trainer.fingerprint import fingerprint
+    from riverdelta.trainer.increment import train as increment
+
+    places = [at for segment in wanted.segments for at in segment]
+    progress("reading the events", 0, len(places))
+    lessons = read_lessons(settings, wanted.adapter, places)
+    left_out = {at for at, lesson in lessons.items() if lesson.is_about(without) or lesson.written_by in wanted.revoked}
+    trainer = settings.trainer
+    progress("loading the base model", 0, len(places))
+    base = Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
+    weights = state = None
+    digest = ""
+    for number, segment in enumerate(wanted.segments, start=1):
+        contents = [None if at in left_out else lessons[at].content for at in segment]
+        name = f"training segment {number} of {len(wanted.segments)}"
+        made = increment(
+            base,
+            Recipe.from_dict(wanted.recipe),
+            wanted.seed,
+            contents,
+            weights,
+            state,
+            lambda step, steps, _, name=name: progress(name, step, steps),  # type: ignore[misc]
+        )
+        weights, state, digest = made.weights, made.state, made.digest
+    return Result(
+        wanted.adapter,
+        wanted.version,
+        wanted.digest,
+        digest,
+        len(places),
+        len(left_out),
+        fingerprint(base) == wanted.fingerprint,
+    )
+
+
+def main(settings: Settings, adapter: str, without: Collection[str], as_json: bool) -> int:
+    """Run it and print both digests; 0 when they are equal."""
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    ledger = open_ledger(settings)
+    try:
+        wanted = plan(ledger, adapter)
+    finally:
+        ledger.close()
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None)
+
+        def show(what: str, done: int, of: int) -> None:
+            bars.update(task, description=what, completed=done, total=of)
+
+        result = train(settings, wanted, without, show)
+    if as_json:
+        typer.echo(json.dumps({**asdict(result), "equal": result.equal}))
+        return 0 if result.equal else 1
+    typer.echo(f"live            {result.live}  {adapter}@{result.version}")
+    typer.echo(f"counterfactual  {result.counterfactual}  without {', '.join(without) or 'nobody'}")
+    typer.echo(
+        f"{result.entries} entries, {result.tombstones} left out. "
+        + ("Equal, bit for bit." if result.equal else "They differ.")
+    )
+    if not result.equal:
+        typer.echo(
+            "Name every forgotten subject with --without."
+            if result.same_environment
+            else "This machine's environment is not the one that trained the live version: equality is not promised.",
+            err=True,
+        )
+    return 0 if result.equal else 1
+
+
+def _segment_of(version: VersionRecord) -> int:
+    if version.segment is None:
+        raise Refused(
+            f"{version.adapter}@{version.number} was imported: what it learned before is not in the log.",
+            "Only versions that were trained here can be trained again.",
+        )
+    return version.segment
