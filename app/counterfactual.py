@@ -6,6 +6,7 @@ again. Contents come from Kafka, and which entries are tombstones is decided her
 """
 
 import json
+import math
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import typer
 
 from riverdelta.core.errors import NotFound, Refused
+from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry.ledger import Ledger, VersionRecord
 from riverdelta.registry.ledger.decisions import lineage
 
-from .raw_log import Where, read_lessons
+from .raw_log import Where, check_incarnation, read_lessons
 from .trace import open_ledger
 
 Progress = Callable[[str, int, int], None]
@@ -103,8 +105,16 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
 
     places = [at for segment in wanted.segments for at in segment]
     progress("reading the events", 0, len(places))
+    check_incarnation(settings, wanted.incarnations)
     lessons = read_lessons(settings, wanted.adapter, places)
-    left_out = {at for at, lesson in lessons.items() if lesson.is_about(without) or lesson.written_by in wanted.revoked}
+    key = SubjectKey.open(settings.keys_dir)
+    until = {subject: wanted.allowed.get(key.subject(subject), math.inf) for subject in without}
+    left_out = {
+        at
+        for at, lesson in lessons.items()
+        if lesson.written_by in wanted.revoked
+        or any(wanted.indexes[at] < until.get(subject, 0) for subject in lesson.subjects)
+    }
     trainer = settings.trainer
     progress("loading the base model", 0, len(places))
     base = Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)

@@ -24,6 +24,20 @@ class Lesson:
     written_by: str = ""
 
 
+def check_incarnation(settings: Settings, wanted: Collection[str]) -> None:
+    """`NotFound` unless the events topic is the one that every entry came from."""
+    from riverdelta.streams.topics import admin
+
+    name = settings.topics.events
+    with admin(settings) as client:
+        there = {str(topic.get("topic_id")) for topic in client.describe_topics([name]) if not topic["error_code"]}
+    if set(wanted) != there:
+        raise NotFound(
+            f"The topic {name} is no longer the one that the entries came from.",
+            "It was deleted, or a memory-only broker has restarted: the raw events are gone.",
+        )
+
+
 def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Where]) -> dict[Where, Lesson]:
     """The lessons at these places of the events topic; `NotFound` when Kafka no longer holds one of them."""
     events = _events(settings, adapter, set(wanted))
