@@ -108,7 +108,7 @@ _peek = msgspec.json.Decoder(dict[str, Any])
 _TYPES = {f"riverdelta.{kind}.v1": kind for kind in ("example", "interaction", "feedback")}
 
 
-def decode(value: bytes | None, headers: Sequence[tuple[str, bytes]] = ()) -> Event:
+def decode(value: bytes | None, headers: Sequence[tuple[str, bytes | None]] = ()) -> Event:
     """The event in a Kafka record's value and headers.
 
     >>> event = decode(b'{"adapter":"acme","subject":"ann","prompt":"Q:","completion":" A"}')
@@ -155,6 +155,10 @@ def checked(record: Record) -> Event:
     elif isinstance(record, Feedback):
         if record.rating is UNSET and record.correction is UNSET:
             raise ContractError("invalid", "Feedback needs a rating or a correction.")
+        if record.correction is not UNSET and not str(record.correction).strip():
+            raise ContractError("invalid", "The correction is empty.")
+    elif not record.completion.strip():
+        raise ContractError("invalid", "The completion is empty.")
     elif (record.prompt is UNSET) == (record.messages is UNSET):
         raise ContractError("invalid", "An interaction needs prompt or messages, one of them.")
     named = [record.subject] if isinstance(record.subject, str) else record.subject
@@ -180,7 +184,7 @@ def _structured(envelope: _Envelope) -> Record:
     return _from_attributes(envelope.type, envelope.data, envelope.id, envelope.source, envelope.subject, envelope.time)
 
 
-def _binary(value: bytes, headers: Iterable[tuple[str, bytes]]) -> Record:
+def _binary(value: bytes, headers: Iterable[tuple[str, bytes | None]]) -> Record:
     ce = {key[3:]: raw.decode() for key, raw in headers if key.startswith("ce_") and raw is not None}
     if ce.get("specversion") != "1.0" or not ce.get("id") or not ce.get("source"):
         raise ContractError("invalid", "Binary CloudEvents need ce_specversion 1.0, ce_id and ce_source.")

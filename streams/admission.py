@@ -1,0 +1,280 @@
+"""Admission: what one adapter makes of its events, decided without I/O.
+
+Events come in, in offset order within a partition and in any order across partitions; entries take the next index;
+segments are cut by count or age. What this decides counts once the ledger has recorded it: until then the same events
+are read again after a crash and decided again.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from riverdelta.registry.ledger import Manifest, ManifestEntry
+
+from .items import FEEDBACK, Item, Where
+from .joining import Joins, compose
+
+# What became of an event.
+ADMITTED = "admitted"  # it is an entry
+SUPPRESSED = "suppressed"  # it is an entry, a tombstone from its start
+DUPLICATE = "duplicate"  # a producer sent it before, within the window
+REDELIVERED = "redelivered"  # it was decided before
+WAITING = "waiting"  # for its interaction, or for feedback on it
+UNUSED = "unused"  # feedback that leaves nothing to learn
+
+
+class OpenEntry(Struct):
+    """An admitted event that no segment holds yet. `content` is None for a tombstone."""
+
+    where: Where
+    offset: int
+    event: bytes
+    subjects: tuple[str, ...]
+    content: bytes | None
+    written_by: str
+    arrived: float
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A segment to be sealed: consecutive open entries from the adapter's first unsealed index on, and how far
+    sealing them moves what is consumed, as (from, to) per partition."""
+
+    adapter: str
+    epoch: int
+    number: int
+    first: int
+    trigger: str
+    entries: tuple[OpenEntry, ...]
+    consumed: Mapping[Where, tuple[int, int]]
+
+    def manifest(self) -> Manifest:
+        """The entries as the ledger keeps them."""
+        runs: dict[str, int] = {}
+        entries = tuple(
+            ManifestEntry(
+                runs.setdefault(entry.where[0], len(runs)),
+                entry.where[1],
+                entry.offset,
+                entry.event,
+                entry.subjects,
+                entry.content is None,
+                entry.written_by,
+            )
+            for entry in self.entries
+        )
+        return Manifest(tuple(runs), entries)
+
+    def contents(self) -> list[bytes | None]:
+        """The entries as the payload keeps them."""
+        return [entry.content for entry in self.entries]
+
+
+class Admission:
+    """One adapter's open entries, and what it needs to know of its past to admit the next event."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        epoch: int,
+        next_index: int,
+        next_segment: int,
+        count: int,
+        age: float,
+        dedupe: int,
+        consumed: Mapping[Where, int],
+        suppressed: frozenset[str],
+        revoked: frozenset[str],
+        recent: Iterable[tuple[int, bytes]],
+        joins: Joins,
+    ) -> None:
+        """`recent` gives index and event hash of the last `dedupe` sealed entries."""
+        self.name = name
+        self.epoch = epoch
+        self.next_index = next_index  # of the first open entry
+        self.next_segment = next_segment
+        self.suppressed = suppressed
+        self.open: list[OpenEntry] = []
+        self.joins = joins
+        self._count = count
+        self._age = age
+        self._dedupe = dedupe
+        self._revoked = revoked
+        self._window = {event: index for index, event in recent if event}
+        self._loaded = dict(consumed)  # what earlier runs have decided
+        self._consumed = dict(consumed)  # what the ledger has recorded
+        self._decided = dict(consumed)  # what is decided here
+        self._loose: set[Where] = set()  # partitions with decisions, since the last seal, that made no entry
+        self._first: dict[Where, int] = {}  # lowest open offset per partition
+        self._last: dict[Where, int] = {}  # the offset appended last per partition
+        self._ordered = True  # the open entries are in offset order within each partition
+
+    @property
+    def idle(self) -> bool:
+        """Nothing here that the ledger does not have."""
+        return not self.open and not len(self.joins)
+
+    @property
+    def remembered(self) -> int:
+        """How many event hashes it keeps."""
+        return len(self._window)
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    def admit(self, item: Item, at: float) -> str:
+        """Decide an example that arrived at `at` (seconds, any clock that only rises)."""
+        if item.offset < self._decided.get(item.where, 0):
+            return REDELIVERED
+        self._decided[item.where] = item.offset + 1
+        return self._append(item, item.event, item.subjects, item.content, "", at)
+
+    def join(self, item: Item, at: float, age: float) -> list[str]:
+        """Decide an interaction or feedback that was `age` seconds old on arrival: an entry for each pair it makes."""
+        fresh = item.offset >= self._decided.get(item.where, 0)
+        if fresh:
+            self._decided[item.where] = item.offset + 1
+            self._loose.add(item.where)
+        if item.kind == FEEDBACK and not item.event:
+            return [UNUSED]
+        if not self.suppressed.isdisjoint(item.subjects):
+            item = replace(item, content=None, raw=None)
+        verdicts = []
+        for key, interaction, feedback in self.joins.meet(item, fresh, at, age):
+            subjects = tuple(sorted({*interaction.subjects, *feedback.subjects}))
+            if interaction.content is None or feedback.content is None:
+                verdicts.append(self._append(key, feedback.event, subjects, None, "", at))
+            else:
+                content, by_model = compose(interaction.content, feedback.content)
+                written_by = interaction.digest if by_model else ""
+                verdicts.append(self._append(key, feedback.event, subjects, content, written_by, at))
+        return verdicts or [WAITING if fresh else REDELIVERED]
+
+    def readmit(self, other: "Admission") -> int:
+        """After another worker has sealed: take over what it has not sealed of `other`'s; the number taken."""
+        for entry in other.open:
+            if entry.offset >= self._decided.get(entry.where, 0):
+                self._append(entry, entry.event, entry.subjects, entry.content, entry.written_by, entry.arrived)
+        self.joins = other.joins
+        self._loaded = other._loaded
+        for where, following in other._decided.items():
+            self._decided[where] = max(following, self._decided.get(where, 0))
+            self._loose.add(where)
+        return len(self.open)
+
+    def _append(
+        self,
+        key: Item | OpenEntry,
+        event: bytes,
+        subjects: tuple[str, ...],
+        content: bytes | None,
+        written_by: str,
+        at: float,
+    ) -> str:
+        where, offset = key.where, key.offset
+        index = self.next_index + len(self.open)
+        if event:
+            before = self._window.get(event)
+            if before is not None and before >= index - self._dedupe:
+                self._loose.add(where)
+                return DUPLICATE
+            self._window[event] = index
+            if len(self._window) > 2 * self._dedupe + 1024:
+                oldest = index - self._dedupe
+                self._window = {held: known for held, known in self._window.items() if known >= oldest}
+        if self._is_barred(subjects, written_by):
+            content = None
+        self.open.append(OpenEntry(where, offset, event, subjects, content, written_by, at))
+        if offset < self._first.setdefault(where, offset):
+            self._first[where] = offset
+        if offset <= self._last.get(where, -1):
+            self._ordered = False
+        self._last[where] = offset
+        return SUPPRESSED if content is None else ADMITTED
+
+    def _is_barred(self, subjects: tuple[str, ...], written_by: str) -> bool:
+        return not self.suppressed.isdisjoint(subjects) or written_by in self._revoked
+
+    # -- segments ------------------------------------------------------------------------------------------------
+
+    def cut(self, at: float, reached: Mapping[Where, int], trigger: str = "") -> list[Draft]:
+        """The segments that are due: full ones, and what is left if its oldest entry is old or `trigger` names why.
+
+        `reached` says how far each partition that is still read has been read: while waiting items are being
+        collected again after a restart, nothing is cut.
+        """
+        if not self.open or (len(self.joins) and self._is_behind(reached)):
+            return []
+        full, left = divmod(len(self.open), self._count)
+        parts = [(self._count, "count")] * full
+        if left and (trigger or at - self.open[-left].arrived >= self._age):
+            parts.append((left, trigger or "age"))
+        if parts and not self._ordered:  # only the whole is sure to be all that lies below some offset
+            parts = [(len(self.open), parts[-1][1])]
+        return self._drafts(parts)
+
+    def _is_behind(self, reached: Mapping[Where, int]) -> bool:
+        return any(reached[where] < loaded for where, loaded in self._loaded.items() if where in reached)
+
+    def _drafts(self, parts: list[tuple[int, str]]) -> list[Draft]:
+        end = total = sum(size for size, _ in parts)
+        following = dict(self._decided)  # per partition, the first offset that the entries so far leave undecided
+        for entry in reversed(self.open[total:]):
+            following[entry.where] = entry.offset
+        targets: list[dict[Where, int]] = []
+        for size, _ in reversed(parts):
+            entries = self.open[end - size : end]
+            moved = {entry.where for entry in entries} | (self._loose if end == total else set())
+            targets.append({where: following[where] for where in moved})
+            for entry in reversed(entries):
+                following[entry.where] = entry.offset
+            end -= size
+        drafts = []
+        consumed = dict(self._consumed)
+        for number, (size, why) in enumerate(parts, start=self.next_segment):
+            target = targets.pop()
+            moves = {where: (consumed.get(where, 0), to) for where, to in target.items() if to > consumed.get(where, 0)}
+            consumed |= {where: to for where, (_, to) in moves.items()}
+            entries = self.open[end : end + size]
+            first = self.next_index + end
+            drafts.append(Draft(self.name, self.epoch, number, first, why, tuple(entries), moves))
+            end += size
+        return drafts
+
+    def settle(self, draft: Draft) -> None:
+        """The ledger has recorded the first draft."""
+        if draft.first != self.next_index:
+            raise AssertionError(f"draft of {draft.first} settled at {self.next_index}")
+        self.next_index += len(draft.entries)
+        self.next_segment += 1
+        del self.open[: len(draft.entries)]
+        for where, (_, to) in draft.consumed.items():
+            self._consumed[where] = to
+        self._loose.difference_update(draft.consumed)
+        self._ordered = self._ordered or not self.open
+        self._first = {}
+        for entry in self.open:
+            if entry.offset < self._first.setdefault(entry.where, entry.offset):
+                self._first[entry.where] = entry.offset
+
+    # -- forgetting, and what must be read again -----------------------------------------------------------------
+
+    def suppress(self, suppressed: frozenset[str], revoked: frozenset[str], epoch: int) -> int:
+        """Learn nothing of these subjects, nor of what revoked versions wrote; the number of entries erased."""
+        self.suppressed = suppressed
+        self._revoked = revoked
+        self.epoch = epoch
+        erased = 0
+        for entry in self.open:
+            if entry.content is not None and self._is_barred(entry.subjects, entry.written_by):
+                entry.content = None
+                erased += 1
+        self.joins.erase(suppressed)
+        return erased
+
+    def floor(self, where: Where) -> int | None:
+        """The offset of a partition from which this adapter needs to read again after a restart, if any."""
+        held = [at for at in (self._first.get(where), self.joins.floor(where)) if at is not None]
+        return min(held, default=None)

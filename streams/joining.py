@@ -1,0 +1,135 @@
+"""Joining: interactions and the feedback on them wait for each other, whichever comes first. No I/O.
+
+A table of each, keyed by response (as a stream-table join in Kafka Streams). Both are rebuilt by reading Kafka again:
+an item that an earlier run has decided comes back as not `fresh`, so that it can be met but decides nothing again.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from .items import INTERACTION, Item, Where
+
+
+class Waiting(Struct):
+    """An item in a table, since when (on the clock of arrivals), and whether this run is the first to decide it."""
+
+    item: Item
+    fresh: bool
+    since: float
+
+
+class Meeting(NamedTuple):
+    """An interaction and its feedback. `decided_by` is the one of them that the entry takes its identity from."""
+
+    decided_by: Item
+    interaction: Item
+    feedback: Item
+
+
+class Joins:
+    """The waiting interactions and feedback of one adapter: at most `limit` of each, for at most `seconds`."""
+
+    def __init__(self, limit: int, seconds: float) -> None:
+        self._limit = limit
+        self._seconds = seconds
+        self._interactions: dict[bytes, Waiting] = {}
+        self._feedback: dict[bytes, list[Waiting]] = {}
+        self._offsets: dict[Where, dict[int, None]] = {}  # of everything waiting, ascending
+
+    def __len__(self) -> int:
+        return len(self._interactions) + sum(map(len, self._feedback.values()))
+
+    def meet(self, item: Item, fresh: bool, at: float, age: float) -> list[Meeting]:
+        """Bring an item, `age` seconds old on arrival; what it meets. One of a pair must be fresh to be decided now."""
+        arrived = Waiting(item, fresh, at - age)
+        if item.kind == INTERACTION:
+            if item.response in self._interactions:
+                return []
+            self._wait(self._interactions.setdefault(item.response, arrived))
+            pairs = [(arrived, found) for found in self._feedback.pop(item.response, ())]
+            for _, feedback in pairs:
+                self._forget_offset(feedback.item)
+        elif interaction := self._interactions.get(item.response):
+            pairs = [(interaction, arrived)]
+        else:
+            self._feedback.setdefault(item.response, []).append(arrived)
+            self._wait(arrived)
+            pairs = []
+        return [
+            Meeting(_decider(item, interaction, feedback), interaction.item, feedback.item)
+            for interaction, feedback in pairs
+            if interaction.fresh or feedback.fresh
+        ]
+
+    def expire(self, at: float) -> list[Waiting]:
+        """Remove and return what has waited too long, or is beyond the limit."""
+        gone = []
+        for waiting in self._overdue(at):
+            if waiting.item.kind == INTERACTION:
+                del self._interactions[waiting.item.response]
+            else:
+                held = self._feedback[waiting.item.response]
+                held.remove(waiting)
+                if not held:
+                    del self._feedback[waiting.item.response]
+            self._forget_offset(waiting.item)
+            gone.append(waiting)
+        return gone
+
+    def erase(self, suppressed: frozenset[str]) -> None:
+        """Drop what waiting items say about suppressed subjects; the items stay, to become tombstones."""
+        for waiting in self._all():
+            if not suppressed.isdisjoint(waiting.item.subjects):
+                waiting.item = replace(waiting.item, content=None, raw=None)
+
+    def floor(self, where: Where) -> int | None:
+        """The lowest offset of a partition that something still waits from."""
+        return next(iter(self._offsets.get(where, ())), None)
+
+    def _all(self) -> Iterator[Waiting]:
+        yield from self._interactions.values()
+        for held in self._feedback.values():
+            yield from held
+
+    def _overdue(self, at: float) -> list[Waiting]:
+        interactions = list(self._interactions.values())
+        feedback = [waiting for held in self._feedback.values() for waiting in held]
+        late = interactions[: max(0, len(interactions) - self._limit)] + feedback[: max(0, len(feedback) - self._limit)]
+        known = {id(waiting) for waiting in late}
+        return late + [w for w in (*interactions, *feedback) if at - w.since > self._seconds and id(w) not in known]
+
+    def _wait(self, waiting: Waiting) -> None:
+        self._offsets.setdefault(waiting.item.where, {})[waiting.item.offset] = None
+
+    def _forget_offset(self, item: Item) -> None:
+        self._offsets[item.where].pop(item.offset, None)
+
+
+def _decider(arriving: Item, interaction: Waiting, feedback: Waiting) -> Item:
+    current, other = (interaction, feedback) if arriving is interaction.item else (feedback, interaction)
+    return current.item if current.fresh else other.item
+
+
+def compose(interaction: bytes, feedback: bytes) -> tuple[bytes, bool]:
+    """What is learned from an answer and the feedback on it, and whether the model wrote it.
+
+    A correction is learned in place of the answer, else the answer itself.
+
+    >>> compose(b'{"prompt":"2+2=","completion":"5"}', b'{"correction":"4"}')
+    (b'{"type":"example","prompt":"2+2=","completion":"4"}', False)
+    >>> compose(b'{"prompt":"2+2=","completion":"4"}', b'{"rating":1}')
+    (b'{"type":"example","prompt":"2+2=","completion":"4"}', True)
+    """
+    asked: dict[str, Any] = msgspec.json.decode(interaction)
+    correction = msgspec.json.decode(feedback).get("correction")
+    answer = asked["completion"] if correction is None else correction
+    learned: dict[str, Any] = {"type": "example"}
+    if "messages" in asked:
+        learned["messages"] = [*asked["messages"], {"role": "assistant", "content": answer}]
+    else:
+        learned |= {"prompt": asked["prompt"], "completion": answer}
+    return msgspec.json.encode(learned), correction is None
