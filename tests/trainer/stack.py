@@ -54,3 +54,7 @@ class Stack:
     def forget(self, name: str, subject: str) -> Forget:
         """Forget a subject in one adapter."""
         return self.ledger.forget(uuid.uuid4().hex, hashed(subject), [name], "test")
+
+    def allow(self, name: str, subject: str) -> bool:
+        """End a suppression; whether there was one."""
+        return bool(self.ledger.allow(hashed(subject), [name], "test"))
