@@ -51,19 +51,6 @@ def _chunk_sum(
 
 
 @triton.jit
-def _prefetch(at, live):
-    """Bring the 128 bytes at each live address into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [at.to(tl.int64, bitcast=True), live.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _part_of_tile(tile, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which part an output tile lies in, its first column and the part's last."""
     part = 0
@@ -83,18 +70,14 @@ def _part_of_tile(tile, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr):
 def _shrink(
     x_ptr,
     a_ptr,
-    b_ptr,
     offsets_ptr,
     tiles_ptr,
     sums_ptr,
     x_stride,
     a_slot_stride,
-    b_slot_stride,
     in_features,
-    out_features,
     width,
     CHUNKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -102,43 +85,25 @@ def _shrink(
     EVEN: tl.constexpr,
     TILE_M: tl.constexpr,
     PDL: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    LINES: tl.constexpr,
 ):
     chunk, rank_tile, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
-        gdc_launch_dependents()
     n_rows = tl.load(tiles_ptr + 3 * tile + 2)
     slot = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
     rank = tl.load(offsets_ptr + slot * (PARTS + 1) + PARTS)
-    live = (n_rows > 0) & (rank_tile * BLOCK_R < rank)
-    ranks = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    a_rows = a_ptr + slot * a_slot_stride + ranks * in_features
-    if live:
+    if PDL:
+        # Started while the kernel ahead was ending; from here on it has ended, and expand may start in the same way.
+        gdc_wait()
+        gdc_launch_dependents()
+    if (n_rows > 0) & (rank_tile * BLOCK_R < rank):
         local = tl.arange(0, TILE_M)
         rows = (tl.load(tiles_ptr + 3 * tile + 1) + local).to(tl.int64)
-        begin = chunk * CHUNK
-        if PREFETCH:
-            # Weights wait for nobody: A, and this program's share of the B that expand will want, start on their way
-            # while the kernel ahead of this one ends.
-            line: tl.constexpr = 1024 // a_ptr.dtype.element_ty.primitive_bitwidth
-            columns = begin + tl.arange(0, CHUNK // line) * line
-            wanted = (ranks < rank)[:, None] & (columns < in_features)[None, :]
-            _prefetch(a_rows[:, None] + columns[None, :], wanted)
-            for p in tl.static_range(PARTS):
-                part = offsets_ptr + slot * (PARTS + 1) + p
-                part_rank = tl.load(part + 1) - tl.load(part)
-                columns = COLUMNS[p] + (chunk * LINES + tl.arange(0, LINES)) * line
-                wanted = (ranks < part_rank)[:, None] & (columns < COLUMNS[p + 1])[None, :]
-                _prefetch(b_ptr + slot * b_slot_stride + ranks[:, None] * out_features + columns[None, :], wanted)
-        if PDL:
-            gdc_wait()
+        ranks = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
         total = _chunk_sum(
             x_ptr + rows * x_stride,
-            a_rows,
+            a_ptr + slot * a_slot_stride + ranks * in_features,
             local < n_rows,
             ranks < rank,
-            begin,
+            chunk * CHUNK,
             in_features,
             CHUNK,
             BLOCK_K,
@@ -187,11 +152,12 @@ def _expand(
         b_at = b_ptr + slot * b_slot_stride + ranks[:, None] * out_features + columns[None, :]
         out_at = out_ptr + rows[:, None] * out_stride + columns[None, :]
         out_mask = row_mask[:, None] & (columns < end)[None, :]
-        # B does not come from the kernels before: it is on its way before they end.
+        # What shrink does not make is on its way before shrink ends. What is in `out` was there before shrink let this
+        # kernel start, but an L1 cache may hold what was there earlier: read it from the L2.
+        base = tl.load(out_at, mask=out_mask, other=0.0, cache_modifier=".cg")
         b = tl.load(b_at, mask=(ranks < rank)[:, None] & (columns < end)[None, :], other=0.0)
         if PDL:
             gdc_wait()
-        base = tl.load(out_at, mask=out_mask, other=0.0)
         delta = tl.zeros((TILE_M, BLOCK_N), dtype=tl.float32)
         for r in tl.static_range(RANK_TILES):
             live = ranks + r * BLOCK_R < rank
@@ -320,18 +286,14 @@ def delta(x: Tensor, pool: LoraPool, segments: Segments, out: Tensor, plan: Plan
     _shrink[(chunks, triton.cdiv(width, plan.shrink_rank), segments.capacity)](
         x,
         pool.a,
-        pool.b,
         pool.offsets,
         segments.tiles,
         sums,
         x.stride(0),
         pool.a.stride(0),
-        pool.b.stride(0),
         pool.in_features,
-        pool.out_features,
         width,
         CHUNKS=chunks,
-        COLUMNS=pool.columns,
         PARTS=parts,
         CHUNK=plan.chunk,
         BLOCK_K=plan.block_k,
@@ -339,8 +301,6 @@ def delta(x: Tensor, pool: LoraPool, segments: Segments, out: Tensor, plan: Plan
         EVEN=even,
         TILE_M=TILE_ROWS,
         PDL=pdl,
-        PREFETCH=pdl and plan.prefetch,
-        LINES=triton.next_power_of_2(triton.cdiv(max(pool.parts) * pool.b.element_size(), 128 * chunks)),
         num_warps=plan.shrink_warps,
         num_stages=plan.stages,
         **early,

@@ -33,8 +33,6 @@ class Plan:
     """Rank rows of a part that expand takes at once."""
     expand_warps: int
     fused: bool = False
-    prefetch: bool = True
-    """Whether shrink brings expand's B into the L2 cache."""
 
 
 def site_key(in_features: int, parts: tuple[int, ...], max_rank: int) -> str:
@@ -81,7 +79,7 @@ def _plan(arch: str, in_features: int, parts: tuple[int, ...], max_rank: int) ->
 
 @cache
 def _table(arch: str) -> dict[str, Plan]:
-    return {key: Plan(**fields) for key, fields in _read(Path(__file__).parent / f"{architecture}.json").items()}
+    return {key: Plan(**fields) for key, fields in _read(Path(__file__).parent / f"{arch}.json").items()}
 
 
 @cache
