@@ -131,16 +131,23 @@ class Ledger(Forgetting):
     # -- streams: segments -----------------------------------------------------------------------------------
 
     def seal(self, seals: Sequence[Seal], actor: str) -> list[SegmentRecord | Exception]:
-        """Append segments, each on its own terms, in one durable transaction: the segment, or why it was refused."""
+        """Append segments in one durable transaction: for each the segment, or why it was refused.
+
+        Seals of one adapter build on each other in the order given: after one that is refused, so are the others.
+        """
         done: dict[int, SegmentRecord | Exception] = {}
+        refusals: dict[str, Exception] = {}
         with self.db.write() as c:
             # Every transaction locks adapters by name, so that no two wait for each other.
             for place, seal in sorted(enumerate(seals), key=lambda pair: pair[1].adapter):
+                if seal.adapter in refusals:
+                    done[place] = refusals[seal.adapter]
+                    continue
                 try:
                     with c.begin_nested():
                         done[place] = self._seal(c, seal, actor)
                 except (Conflict, NotFound) as refused:
-                    done[place] = refused
+                    done[place] = refusals[seal.adapter] = refused
         return [done[place] for place in range(len(seals))]
 
     def _seal(self, c: sa.Connection, seal: Seal, actor: str) -> SegmentRecord:
