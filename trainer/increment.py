@@ -19,7 +19,7 @@ from riverdelta.core.template import example_ids
 
 from .adapter import AdapterWeights
 from .base import Base, Member
-from .layout import Batch, Row, arrange, micro_batches
+from .layout import Batch, Row, arrange, plan
 from .optimiser import AdamW
 
 # Rows of logits held at once, and the multiple that their number is filled up to: below it, a product's bits depend
@@ -48,6 +48,20 @@ class Candidate:
     metrics: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A learner between two steps: weights and moments as flat float32 vectors of their own, and its counts."""
+
+    weights: Tensor
+    m: Tensor
+    v: Tensor
+    place: int
+    position: int
+    taken: int
+    tokens: int
+    losses: tuple[float, ...]
+
+
 class Learner:
     """One adapter in the middle of an increment."""
 
@@ -57,10 +71,11 @@ class Learner:
         recipe: Recipe,
         seed: int,
         entries: Sequence[bytes | None],
+        earlier: Sequence[bytes | None],
         parent_weights: bytes | None,
         parent_state: bytes | None,
     ) -> None:
-        self._base = base
+        """As in `train`. Of `earlier`, only what will be rehearsed is looked at."""
         if parent_weights is None:
             self.weights = AdapterWeights.begin(base.shape(recipe.lora), seed, base.device)
         else:
@@ -69,10 +84,12 @@ class Learner:
         if parent_state is not None:
             self.optimiser.load(parent_state)
         training = recipe.training
+        self.plan = plan(len(entries), len(earlier), training, seed, self.optimiser.position)
         self.rows = [_row(base.tokenizer, entry, training.max_length) for entry in entries]
-        self.plan = tuple(
-            micro_batches(len(entries), training.passes, training.micro_batch, seed, self.optimiser.position)
-        )
+        self.rehearsed = {
+            slot: _row(base.tokenizer, earlier[slot], training.max_length)
+            for slot in sorted({slot for batch in self.plan for slot in batch.earlier})
+        }
         self.place = 0
         self.losses: list[float] = []
         self.tokens = 0
@@ -84,11 +101,12 @@ class Learner:
         return self.place == len(self.plan) or self.failure is not None
 
     def next_rows(self) -> list[Row]:
-        """The rows of the next micro-batch that has any; those without are passed."""
+        """The rows of the next micro-batch that has any to learn, with those to rehearse; those without are passed."""
         while not self.done:
-            rows = [row for slot in self.plan[self.place] if (row := self.rows[slot]) is not None]
+            batch = self.plan[self.place]
+            rows = [row for slot in batch.slots if (row := self.rows[slot]) is not None]
             if rows:
-                return rows
+                return rows + [row for slot in batch.earlier if (row := self.rehearsed[slot]) is not None]
             self.optimiser.skip()
             self.place += 1
         return []
@@ -107,6 +125,21 @@ class Learner:
         self.losses.append(loss)
         self.tokens += tokens
         self.place += 1
+
+    def snapshot(self) -> Snapshot:
+        """The state between two steps, copied."""
+        o = self.optimiser
+        weights, m, v = (vector.detach().clone() for vector in (self.weights.flat, o.m, o.v))
+        return Snapshot(weights, m, v, self.place, o.position, o.taken, self.tokens, tuple(self.losses))
+
+    def restore(self, held: Snapshot) -> None:
+        """Go on from a snapshot of the same increment."""
+        o = self.optimiser
+        with torch.no_grad():
+            for vector, kept in zip((self.weights.flat, o.m, o.v), (held.weights, held.m, held.v), strict=True):
+                vector.copy_(kept)
+        self.place, o.position, o.taken = held.place, held.position, held.taken
+        self.tokens, self.losses = held.tokens, list(held.losses)
 
     def candidate(self) -> Candidate:
         """What the increment has come to; raises its failure, if it has one."""
@@ -129,17 +162,19 @@ def train(
     recipe: Recipe,
     seed: int,
     entries: Sequence[bytes | None],
+    earlier: Sequence[bytes | None],
     parent_weights: bytes | None,
     parent_state: bytes | None,
     progress: Progress | None = None,
 ) -> Candidate:
     """Train one increment to its end.
 
-    `entries` are the segment's contents in index order (`events.content_of`), None for tombstones; the parent's files
-    are None for an adapter that begins. `progress` hears (step, steps, loss) after each step; what it raises ends the
-    increment. `Untrainable` when the loss is not finite.
+    `entries` are the segment's contents in index order (`events.content_of`), `earlier` those of all segments that the
+    parent and its ancestors learned, in the order in which they did, None for tombstones; the parent's files are None
+    for an adapter that begins. `progress` hears (step, steps, loss) after each step; what it raises ends the increment.
+    `Untrainable` when a loss or gradient is not finite.
     """
-    learner = Learner(base, recipe, seed, entries, parent_weights, parent_state)
+    learner = Learner(base, recipe, seed, entries, earlier, parent_weights, parent_state)
     while not learner.done:
         step(base, [learner])
         if progress is not None and learner.losses:

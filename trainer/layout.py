@@ -3,10 +3,12 @@
 A tombstone keeps its slot in every micro-batch and puts nothing into it, so what it once held has no way in.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from riverdelta.core.digests import seed_of
+from riverdelta.core.recipe import Training
 from riverdelta.core.template import IGNORE
 
 
@@ -49,20 +51,43 @@ class Batch:
     targets_each: tuple[int, ...]
 
 
-def micro_batches(slots: int, passes: int, size: int, seed: int, position: int) -> Iterator[tuple[int, ...]]:
-    """The slots of every micro-batch of an increment, in order; each takes one learning-rate position.
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one learning-rate position takes: slots of the segment, and earlier slots to rehearse with them."""
 
-    Every pass visits all `slots` once, in an order drawn from the adapter's seed, the pass's position and the slot.
+    slots: tuple[int, ...]
+    earlier: tuple[int, ...]
 
-    >>> [len(batch) for batch in micro_batches(5, passes=2, size=2, seed=1, position=0)]
+
+def plan(slots: int, earlier: int, training: Training, seed: int, position: int) -> tuple[MicroBatch, ...]:
+    """The micro-batches of an increment whose segment has `slots` slots, after a lineage of `earlier` slots.
+
+    Every pass visits each slot once, in an order drawn from the adapter's seed, the pass's position and the slot. The
+    earlier slots are visited evenly, in strides from a drawn start, as experience replay does (Rolnick et al., 2019).
+
+    >>> [len(batch.slots) for batch in plan(5, 0, Training(passes=2, micro_batch=2), seed=1, position=0)]
     [2, 2, 1, 2, 2, 1]
     """
-    for _ in range(passes):
+    size, many = training.micro_batch, min(training.rehearse, earlier)
+    visit, stride = seed_of(seed, "rehearse", position) % max(1, earlier), _stride(earlier)
+    batches = []
+    for _ in range(training.passes):
         drawn = sorted(range(slots), key=lambda slot: (seed_of(seed, "order", position, slot), slot))
         for first in range(0, slots, size):
+            again = sorted((visit + turn * stride) % earlier for turn in range(many))
+            visit += many * stride
             # Within a micro-batch, sums run in index order.
-            yield tuple(sorted(drawn[first : first + size]))
+            batches.append(MicroBatch(tuple(sorted(drawn[first : first + size])), tuple(again)))
         position += -(-slots // size)
+    return tuple(batches)
+
+
+def _stride(slots: int) -> int:
+    """A step that visits all slots before any of them twice, far apart from each other: near the golden section."""
+    stride = max(1, round(slots * 0.618034))
+    while math.gcd(stride, slots) > 1:
+        stride += 1
+    return stride
 
 
 def bucket(length: int) -> int:

@@ -38,16 +38,18 @@ def replay(
     """
     done: list[Replayed] = []
     weights = state = None
+    earlier: list[bytes | None] = []
     last = Replayed("", "", ())
     for number, entries in enumerate(segments):
         if told is not None:
             told(number, len(segments))
         try:
-            made = train(base, recipe, seed, entries, weights, state)
+            made = train(base, recipe, seed, entries, earlier, weights, state)
         except Untrainable as error:
             done.append(Replayed(last.digest, last.state_digest, (), str(error)))
             continue
         weights, state = made.weights, made.state
+        earlier += entries
         last = Replayed(made.digest, made.state_digest, made.losses)
         done.append(last)
     return done

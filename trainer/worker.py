@@ -9,8 +9,6 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_when_event_set, wait_exponential
 
-from riverdelta.core import payload
-from riverdelta.core.digests import sha256
 from riverdelta.core.errors import Conflict, Corrupt, NotFound, RiverdeltaError, Unavailable
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore, state_key, weights_key
@@ -19,6 +17,7 @@ from riverdelta.registry.ledger import Cause, Increment, Ledger, Work
 from .base import Base
 from .fingerprint import fingerprint
 from .increment import Candidate, Learner, step
+from .inputs import read_inputs
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -35,10 +34,11 @@ class Stopping(Exception):
 
 @dataclass
 class Active:
-    """An increment in the making, and the ledger's head of its adapter when it was last seen to be wanted."""
+    """An increment in the making, the segments that it uses, and the ledger's head when it was last seen wanted."""
 
     work: Work
     learner: Learner
+    saw: set[int]
     head: int
     began: float = field(default_factory=time.monotonic)
     told: float = field(default_factory=time.monotonic)
@@ -156,7 +156,7 @@ class Worker:
         if work is None:
             return
         try:
-            learner = self._patiently(lambda: self._learner(work))
+            learner, saw = self._patiently(lambda: self._learner(work))
         except NotFound:
             # A purge may have replaced the payload, or a forget the parent, since the ledger was read.
             if self._patiently(lambda: self._ledger.work(name)) == work:
@@ -168,7 +168,7 @@ class Worker:
             self._set_aside(work, error)
             return
         self._stalled.pop(name, None)
-        self._active[name] = Active(work, learner, work.adapter.head)
+        self._active[name] = Active(work, learner, saw, work.adapter.head)
         log.info(
             "Training %s on version %d: %d entries, %d steps",
             f"{name} segment {work.segment.number}",
@@ -177,26 +177,18 @@ class Worker:
             len(learner.plan),
         )
 
-    def _learner(self, work: Work) -> Learner:
-        segment, parent = work.segment, work.parent
-        contents = payload.decode(self._store.get(segment.payload), segment.payload_sha)
-        manifest = self._ledger.manifest(segment.adapter, segment.number)
-        if len(contents) != len(manifest.entries):
-            raise Corrupt(
-                f"Segment {segment.number} of {segment.adapter} has {len(manifest.entries)} entries and "
-                f"{len(contents)} contents.",
-                "Restore the object store from a backup.",
-            )
-        entries = [
-            None if entry.tombstone else content for entry, content in zip(manifest.entries, contents, strict=True)
-        ]
-        weights = state = None
-        if parent is not None:
-            weights = _checked(self._store.get(weights_key(parent.digest)), parent.digest)
-            if parent.state:
-                state = _checked(self._store.get(state_key(parent.state)), parent.state)
-        recipe = Recipe.from_dict(work.adapter.recipe)
-        return Learner(self._base, recipe, work.adapter.seed, entries, weights, state)
+    def _learner(self, work: Work) -> tuple[Learner, set[int]]:
+        inputs = read_inputs(self._ledger, self._store, work)
+        learner = Learner(
+            self._base,
+            Recipe.from_dict(work.adapter.recipe),
+            work.adapter.seed,
+            inputs.entries,
+            inputs.earlier,
+            inputs.weights,
+            inputs.state,
+        )
+        return learner, {work.segment.number, *inputs.earlier.used}
 
     def _groups(self) -> list[list[Active]]:
         groups: dict[tuple[str, ...], list[Active]] = {}
@@ -230,7 +222,7 @@ class Worker:
             work.parent.number if work.parent else 0,
             candidate.digest,
             candidate.state_digest,
-            (work.segment.number,),
+            tuple(sorted(active.saw)),
             self._fingerprint,
             {**candidate.metrics, "seconds": round(time.monotonic() - active.began, 3)},
         )
@@ -299,9 +291,3 @@ def _identity(work: Work) -> tuple[int, int, int, str]:
     """What must be the same for an outcome to be accepted."""
     parent = work.parent.number if work.parent else 0
     return work.segment.number, work.adapter.epoch, parent, work.adapter.recipe_digest
-
-
-def _checked(data: bytes, digest: str) -> bytes:
-    if sha256(data) != digest:
-        raise Corrupt(f"What the store holds as {digest[:12]} is something else.", "Restore it from a backup.")
-    return data

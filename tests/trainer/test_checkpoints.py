@@ -1,0 +1,168 @@
+"""The checkpoint log: killed at any moment, torn or out of space, an increment ends with the uninterrupted digest."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from riverdelta.core.errors import Unavailable
+from riverdelta.trainer import checkpoints
+from riverdelta.trainer.base import Base
+from riverdelta.trainer.checkpoints import CheckpointLog, read
+from riverdelta.trainer.increment import Candidate, Learner, step, train
+from tests.trainer.samples import contents, recipe
+
+LIKE = recipe(passes=4, micro_batch=2)
+EARLIER = [None, *contents(5, 3)]
+SEGMENT = [*contents(3, 1), None, *contents(4, 2)]
+
+
+def begin(base: Base) -> Learner:
+    return Learner(base, LIKE, 5, SEGMENT, EARLIER, None, None)
+
+
+def finish(base: Base, learner: Learner, log: CheckpointLog) -> Candidate:
+    while not learner.done:
+        step(base, [learner])
+        log.record(learner)
+    log.close()
+    return learner.candidate()
+
+
+@pytest.fixture(scope="module")
+def whole(base: Base) -> Candidate:
+    return train(base, LIKE, 5, SEGMENT, EARLIER, None, None)
+
+
+@pytest.fixture(autouse=True)
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_SHARE", 1e9)
+
+
+def test_an_abandoned_increment_resumes_where_its_state_was(base: Base, whole: Candidate, tmp_path: Path) -> None:
+    learner, log = begin(base), CheckpointLog(tmp_path / "acme", "k")
+    assert log.resume(learner) == 0
+    for _ in range(7):
+        step(base, [learner])
+        log.record(learner)
+    log.close(learner)
+    second, log = begin(base), CheckpointLog(tmp_path / "acme", "k")
+    assert log.resume(second) == 7
+    assert finish(base, second, log) == whole
+
+
+def test_what_another_increment_wrote_is_not_read(base: Base, whole: Candidate, tmp_path: Path) -> None:
+    learner, log = begin(base), CheckpointLog(tmp_path / "acme", "old")
+    log.resume(learner)
+    step(base, [learner])
+    log.record(learner)
+    log.close(learner)
+    fresh, log = begin(base), CheckpointLog(tmp_path / "acme", "new")
+    assert log.resume(fresh) == 0
+    assert finish(base, fresh, log) == whole
+    log.discard()
+    assert not (tmp_path / "acme").exists()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_torn_files_cost_steps_and_no_bits(base: Base, whole: Candidate, tmp_path: Path, seed: int) -> None:
+    """Cut or overwrite any of the three files anywhere: the rest is enough, or the increment begins anew."""
+    draw = random.Random(seed)
+    learner, log = begin(base), CheckpointLog(tmp_path / "acme", "k")
+    log.resume(learner)
+    for _ in range(draw.randrange(1, 14)):
+        step(base, [learner])
+        log.record(learner)
+    log.close(learner)
+    for name in draw.sample(["steps.log", "state-0", "state-1"], draw.randrange(1, 3)):
+        path = tmp_path / "acme" / name
+        if path.exists():
+            data = bytearray(path.read_bytes())
+            at = draw.randrange(len(data))
+            if draw.random() < 0.5:
+                data[at] ^= 0xFF
+            else:
+                del data[at:]
+            path.write_bytes(data)
+    second, log = begin(base), CheckpointLog(tmp_path / "acme", "k")
+    log.resume(second)
+    assert finish(base, second, log) == whole
+
+
+def test_a_full_disk_pauses_training_and_loses_nothing(
+    base: Base, whole: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, log = begin(base), CheckpointLog(tmp_path / "acme", "k")
+    log.resume(learner)
+    full = True
+
+    def sync(descriptor: int) -> None:
+        if full:
+            raise OSError(28, "No space left on device")
+        os.fsync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    step(base, [learner])
+    log.record(learner)
+    while log._failure is None:
+        time.sleep(0.001)
+    step(base, [learner])
+    for _ in range(3):
+        with pytest.raises(Unavailable, match="No space left"):
+            log.record(learner)
+    full = False
+    log.record(learner)
+    log._retry()
+    assert finish(base, learner, log) == whole
+    assert read(tmp_path / "acme", "k").state is not None
+
+
+_CHILD = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from riverdelta.trainer import checkpoints
+from riverdelta.trainer.base import Base
+from tests.trainer.test_checkpoints import CheckpointLog, begin, step
+checkpoints._SHARE = 1e9
+base = Base.load(Path({model!r}), threads=1)
+print("ready", flush=True)
+for line in sys.stdin:
+    learner, log = begin(base), CheckpointLog(Path(line.strip()), "k")
+    log.resume(learner)
+    print("begun", learner.place, flush=True)
+    while not learner.done:
+        step(base, [learner])
+        log.record(learner)
+        print("step", learner.place, flush=True)
+    log.close(learner)
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.soak
+def test_sigkill_at_random_moments(base: Base, bases: dict[str, Path], whole: Candidate, tmp_path: Path) -> None:
+    """A process killed a hundred times ends where one that was left alone does, and takes no logged step back."""
+    draw = random.Random(1)
+    code = _CHILD.format(root=str(Path(__file__).parents[2]), model=str(bases["llama"]))
+    for kill in range(100):
+        folder = tmp_path / f"run-{kill}"
+        child = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.stdin.write(f"{folder}\n")
+        child.stdin.flush()
+        time.sleep(draw.random() * 0.2)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        learner, log = begin(base), CheckpointLog(folder, "k")
+        log.resume(learner)
+        assert finish(base, learner, log) == whole

@@ -1,0 +1,92 @@
+"""What an increment is made from, read from ledger and store: the segment, the earlier log, the parent's files."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from riverdelta.core import payload
+from riverdelta.core.digests import sha256
+from riverdelta.core.errors import Corrupt
+from riverdelta.core.store import ObjectStore, state_key, weights_key
+from riverdelta.registry.ledger import Ledger, SegmentRecord, Work
+from riverdelta.registry.ledger.decisions import lineage
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Contents in index order, None for tombstones, and the parent's files, None for what it does not have."""
+
+    entries: list[bytes | None]
+    earlier: "Earlier"
+    weights: bytes | None
+    state: bytes | None
+
+
+class Earlier(Sequence[bytes | None]):
+    """The entries of the segments that a version and its ancestors learned, in that order, each read when asked for.
+
+    `used` names the segments of which a live entry was handed out.
+    """
+
+    def __init__(self, ledger: Ledger, store: ObjectStore, segments: Sequence[SegmentRecord]) -> None:
+        self._ledger, self._store, self._segments = ledger, store, segments
+        self._ends = [0]
+        for segment in segments:
+            self._ends.append(self._ends[-1] + segment.count)
+        self._read: tuple[int, list[bytes | None]] = (-1, [])
+        self.used: set[int] = set()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, slot: int) -> bytes | None: ...
+    @overload
+    def __getitem__(self, slot: slice) -> "Sequence[bytes | None]": ...
+    def __getitem__(self, slot: int | slice) -> "bytes | Sequence[bytes | None] | None":
+        if isinstance(slot, slice):
+            return [self[place] for place in range(*slot.indices(len(self)))]
+        if not 0 <= slot < len(self):
+            raise IndexError(slot)
+        which = bisect_right(self._ends, slot) - 1
+        if self._read[0] != which:
+            self._read = (which, read_segment(self._ledger, self._store, self._segments[which]))
+        content = self._read[1][slot - self._ends[which]]
+        if content is not None:
+            self.used.add(self._segments[which].number)
+        return content
+
+
+def read_inputs(ledger: Ledger, store: ObjectStore, work: Work) -> Inputs:
+    """Everything that a piece of work needs; `NotFound` or `Corrupt` where the store does not hold it."""
+    parent, name = work.parent, work.adapter.name
+    learned: list[SegmentRecord] = []
+    weights = state = None
+    if parent is not None:
+        versions = ledger.versions(name)
+        numbers = [versions[number].segment for number in reversed(lineage(versions, parent.number))]
+        learned = [ledger.segment(name, number) for number in numbers if number is not None]
+        weights = _checked(store.get(weights_key(parent.digest)), parent.digest)
+        if parent.state:
+            state = _checked(store.get(state_key(parent.state)), parent.state)
+    entries = read_segment(ledger, store, work.segment)
+    return Inputs(entries, Earlier(ledger, store, learned), weights, state)
+
+
+def read_segment(ledger: Ledger, store: ObjectStore, segment: SegmentRecord) -> list[bytes | None]:
+    """A segment's contents; what the ledger calls a tombstone is None, whatever the payload still holds."""
+    contents = payload.decode(store.get(segment.payload), segment.payload_sha)
+    entries = ledger.manifest(segment.adapter, segment.number).entries
+    if len(contents) != len(entries):
+        raise Corrupt(
+            f"Segment {segment.number} of {segment.adapter} has {len(entries)} entries and {len(contents)} contents.",
+            "Restore the object store from a backup.",
+        )
+    return [None if entry.tombstone else content for entry, content in zip(entries, contents, strict=True)]
+
+
+def _checked(data: bytes, digest: str) -> bytes:
+    if sha256(data) != digest:
+        raise Corrupt(f"What the store holds as {digest[:12]} is something else.", "Restore it from a backup.")
+    return data
