@@ -1,7 +1,8 @@
 """Attention over the paged KV cache, as a function that Hugging Face's own attention modules call."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,15 @@ from riverdelta.core.errors import Unsupported
 from riverdelta.kernels import paged_attention_decode
 
 NAME = "riverdelta_paged"
+
+
+class AttentionOptions(NamedTuple):
+    """What a model's attention module asks of the attention function."""
+
+    scaling: float | None = None
+    sliding_window: int | None = None
+    softcap: float | None = None
+    s_aux: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +48,16 @@ class StepContext:
     tables: Tensor
     lengths: Tensor
     chunks: list[Chunk] = field(default_factory=list)
+    options: dict[int, "AttentionOptions"] = field(default_factory=dict)
+    """By layer: what the model's module passed, for who replaces that module."""
     _windows: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _derived: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def once(self, source: Tensor, derive: Callable[[Tensor], Tensor]) -> Tensor:
+        """`derive(source)`, computed once a step for all layers."""
+        if id(source) not in self._derived:
+            self._derived[id(source)] = (source, derive(source))
+        return self._derived[id(source)][1]
 
     def window(self, size: int | None) -> tuple[Tensor, Tensor]:
         """What decoding rows see through a sliding window: blocks int64 [decodes, n], and what to add to their
@@ -122,7 +141,9 @@ def paged_attention(
             "Serving has no path for that; choose another base model.",
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    k_cache, v_cache = paged.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    paged.options[index] = AttentionOptions(scaling, sliding_window)
+    k_cache, v_cache = paged.cache.layer(index, key, value)
     k_flat, v_flat = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
     dtype = k_cache.dtype
     query = query.to(dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from .adapters import DeviceTier, HostTier, Source, read_adapter
@@ -80,11 +81,10 @@ class Engine:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, config: EngineConfig | None = None) -> "Engine":
-        """An engine over a Hugging Face decoder folder; it has checked that its paged attention agrees with the
-        model's own. Progress goes to `logging`."""
+        """An engine over a Hugging Face decoder folder; `Unsupported` if it would not compute what the model does.
+        Progress goes to `logging`."""
         config = config or EngineConfig()
         model = PagedModel.from_pretrained(str(path), config)
-        model.check()
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         return cls(model, tokenizer, config)
 
@@ -139,8 +139,8 @@ class Engine:
                 self._drop_drained(digest)
 
     def revoke(self, digests: Collection[str]) -> None:
-        """Fence versions off until `reinstate`. On return no step can produce a token from them, what their answers had not
-        delivered is dropped, and their weights, KV blocks and cached prefixes are erased from memory."""
+        """Fence versions off until `reinstate`. On return no step can produce a token from them, what their answers
+        had not delivered is dropped, and their weights, KV blocks and cached prefixes are erased from memory."""
         with self._changed:
             self._revoked.update(digests)
             for live in [x for x in self._live.values() if x.request.digest in self._revoked]:
@@ -397,10 +397,9 @@ class Engine:
                 return
 
     def _run(self, step: Step, samplers: list[RowSampler]) -> list[Choice]:
-        logits = self.model.step(step.tokens, step.positions, step.context, step.segments, step.keep)
-        if not step.sampled:
-            return []
-        return choose(logits, samplers, [w.seq.answer_len for w in step.sampled])
+        scores = self.model.step(step.tokens, step.positions, step.context, step.segments, step.keep)
+        with torch.inference_mode():
+            return choose(scores, samplers, [w.seq.answer_len for w in step.sampled])
 
     def _emit(self, step: Step, choices: list[Choice]) -> None:
         now = time.monotonic()

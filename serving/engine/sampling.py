@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .head import Scores, argmax
 from .request import SamplingParams
 
 # Filters look at this many candidates first: sorting a row of 262k costs more than a decode step.
@@ -56,7 +57,7 @@ class RowSampler:
         """From fp32 `logits` [vocab], for the token at `position` of the answer."""
         scores = self._adjust(logits.clone()) if self._changes_logits else logits
         if self.params.temperature == 0.0:
-            token = int(greedy(scores[None])[0])
+            token = int(argmax(scores[None])[0])
         else:
             token = self._draw(scores / self.params.temperature, uniform(self.seed, position))
         if self.params.logprobs is None:
@@ -105,24 +106,17 @@ class RowSampler:
         return probabilities[keep], tokens[keep]
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """Argmax [rows] of `logits` [rows, vocab], the first of equals; in two levels, which a wide row makes faster."""
-    rows, size = logits.shape
-    width = 512
-    if size % width or not logits.is_contiguous():
-        return logits.argmax(-1)
-    blocks = logits.view(rows, size // width, width)
-    best = blocks.amax(-1).argmax(-1)
-    inside = blocks[torch.arange(rows, device=logits.device), best].argmax(-1)
-    return best * width + inside
-
-
-def choose(logits: Tensor, samplers: Sequence[RowSampler], positions: Sequence[int]) -> list[Choice]:
-    """One choice a row of `logits` [rows, vocab]; `positions`: each token's index in its answer."""
-    logits = logits.float()
-    if all(s.plain for s in samplers):
-        return [Choice(token) for token in greedy(logits).tolist()]
-    return [s.choose(logits[n], positions[n]) for n, s in enumerate(samplers)]
+def choose(scores: Scores, samplers: Sequence[RowSampler], positions: Sequence[int]) -> list[Choice]:
+    """One choice a row of `scores`; `positions`: each token's index in its answer."""
+    plain = [n for n, s in enumerate(samplers) if s.plain]
+    other = [n for n, s in enumerate(samplers) if not s.plain]
+    choices: dict[int, Choice] = {}
+    if plain:
+        choices.update(zip(plain, map(Choice, scores.greedy(plain)), strict=True))
+    if other:
+        logits = scores.logits(other)
+        choices.update((n, samplers[n].choose(logits[i], positions[n])) for i, n in enumerate(other))
+    return [choices[n] for n in range(len(samplers))]
 
 
 def uniform(seed: int, position: int) -> float:

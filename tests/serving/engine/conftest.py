@@ -23,9 +23,7 @@ def engines() -> Iterator[Callable[..., Engine]]:
 
     def make(family: str = "llama", **options: Any) -> Engine:
         config = EngineConfig(**{**SMALL, "cpu_backend": "fp32", **options})
-        model = PagedModel(models.base(family), config)
-        model.check()
-        engine = Engine(model, models.tokenizer(), config)
+        engine = Engine(PagedModel(models.base(family), config), models.tokenizer(), config)
         engine.start()
         made.append(engine)
         return engine

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from riverdelta.core.errors import BadInput
 from riverdelta.serving.engine import SamplingParams
-from riverdelta.serving.engine.sampling import RowSampler, choose, greedy, uniform
+from riverdelta.serving.engine.head import FullScores, argmax
+from riverdelta.serving.engine.sampling import RowSampler, choose, uniform
 
 LOGITS = torch.randn(1500, generator=torch.Generator().manual_seed(3)) * 3
 
@@ -22,7 +23,7 @@ def draw(logits, count=400, **params):
 def test_greedy_takes_the_first_of_equals_at_any_width():
     for width in (5, 512, 1536):
         logits = torch.randint(0, 3, (7, width)).float()
-        assert greedy(logits).tolist() == [row.index(max(row)) for row in logits.tolist()]
+        assert argmax(logits).tolist() == [row.index(max(row)) for row in logits.tolist()]
 
 
 def test_frequencies_follow_the_softmax():
@@ -61,9 +62,11 @@ def test_a_draw_depends_on_seed_and_position_alone(seed, position, mates):
     def sampler(s):
         return RowSampler(SamplingParams(temperature=0.8, top_p=0.95), s, [1], 1500, "cpu")
 
-    alone = choose(LOGITS[None], [sampler(seed)], [position])[0]
+    alone = choose(FullScores(LOGITS[None]), [sampler(seed)], [position])[0]
     batch = torch.cat([torch.randn(mates, 1500), LOGITS[None]])
-    mixed = choose(batch, [sampler(n) for n in range(mates)] + [sampler(seed)], [0] * mates + [position])[-1]
+    mixed = choose(FullScores(batch), [sampler(n) for n in range(mates)] + [sampler(seed)], [0] * mates + [position])[
+        -1
+    ]
     assert alone == mixed
     assert 0 <= uniform(seed, position) < 1
 

@@ -1,0 +1,156 @@
+"""Modules of the base replaced by equivalents of fewer operators, wherever a probe shows that they compute the same.
+
+On a CPU a decode step is bound by its number of operators as much as by its arithmetic. Nothing here knows a model
+family: a replacement is tried on every module that has the right parts, and kept if its output is equal.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+
+from .attention import AttentionOptions, StepContext, paged_attention
+from .linears import MergedPart
+
+logger = logging.getLogger(__name__)
+
+
+class FusedNorm(nn.Module):
+    """RMS normalisation over the last dimension in one operator (Zhang & Sennrich 2019)."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class FusedAttention(nn.Module):
+    """Attention with rotary positions (Su et al. 2021): queries and keys are normalised and rotated together."""
+
+    def __init__(self, inner: Any, options: AttentionOptions) -> None:
+        """`inner`: the module replaced; `options`: what it passes to attention."""
+        super().__init__()
+        self.inner, self.site, self.options, self.head_dim = inner, inner.q_proj.site, options, int(inner.head_dim)
+        self.heads = inner.q_proj.columns.stop // self.head_dim
+        self.kv_heads = inner.k_proj.columns.stop // self.head_dim - self.heads
+        self.norm: Tensor | None = None
+        self.eps = 0.0
+        q_norm, k_norm = getattr(inner, "q_norm", None), getattr(inner, "k_norm", None)
+        if isinstance(q_norm, FusedNorm) and isinstance(k_norm, FusedNorm):
+            self.norm = torch.cat([q_norm.weight.expand(self.heads, -1), k_norm.weight.expand(self.kv_heads, -1)])
+            self.eps = q_norm.eps
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        paged: StepContext,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """transformers' attention module: `hidden_states` [1, rows, hidden] -> ([1, rows, hidden], None)."""
+        rotated = self.heads + self.kv_heads
+        qkv = self.site(hidden_states)[0].unflatten(-1, (-1, self.head_dim))
+        qk = qkv[:, :rotated]
+        if self.norm is not None:
+            qk = rms_norm(qk, (self.head_dim,), None, self.eps) * self.norm
+        cos, sin = position_embeddings
+        turn = paged.once(sin, _signed)
+        qk = torch.addcmul(qk * cos[0, :, None], qk.roll(self.head_dim // 2, -1), turn[0, :, None])
+        heads = qk.transpose(0, 1)[None]
+        out, _ = paged_attention(
+            self.inner,
+            heads[:, : self.heads],
+            heads[:, self.heads :],
+            qkv[:, rotated:].transpose(0, 1)[None],
+            None,
+            *self.options,
+            paged=paged,
+        )
+        return self.inner.o_proj(out.flatten(2)), None
+
+
+def _signed(sin: Tensor) -> Tensor:
+    """`sin` for a rotation written as a roll: its first half changes sign."""
+    first, second = sin.chunk(2, -1)
+    return torch.cat((-first, second), -1)
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Replace every RMS normalisation of one weight vector; returns how many."""
+    count = 0
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if (fused := _fused_norm(module)) is not None:
+                setattr(parent, name, fused)
+                count += 1
+    return count
+
+
+def _fused_norm(module: nn.Module) -> FusedNorm | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    if "RMSNorm" not in type(module).__name__ or not isinstance(weight, Tensor) or weight.ndim != 1 or eps is None:
+        return None
+    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight) * 3
+    wanted = module(x)
+    for candidate in (weight.detach(), 1.0 + weight.detach().float()):
+        fused = FusedNorm(candidate.to(weight.dtype), float(eps))
+        if _equal(fused(x), wanted, weight.dtype):
+            return fused
+    return None
+
+
+def fuse_attention(model: nn.Module, run: Callable[[], object], cache_dtype: torch.dtype) -> int:
+    """Replace attention modules that `run`, a step of this model, shows to be rotary self-attention."""
+    seen: dict[nn.Module, tuple[dict[str, Any], Tensor]] = {}
+
+    def record(module: nn.Module, _: Any, kwargs: dict[str, Any], out: tuple[Tensor, Any]) -> None:
+        seen[module] = (kwargs, out[0])
+
+    parents = [(p, n, m) for p in model.modules() for n, m in p.named_children() if _has_parts(m)]
+    hooks = [m.register_forward_hook(record, with_kwargs=True) for _, _, m in parents]
+    run()
+    for hook in hooks:
+        hook.remove()
+    count = 0
+    for parent, name, module in parents:
+        if module not in seen:
+            continue
+        kwargs, wanted = seen[module]
+        context: StepContext = kwargs["paged"]
+        try:
+            fused = FusedAttention(module, context.options[module.layer_idx])  # type: ignore[index]
+            got, _ = fused(**kwargs)
+        except (TypeError, ValueError, RuntimeError) as error:  # not the module it looked like
+            logger.debug("Keeping %s: %s", type(module).__name__, error)
+            continue
+        if _equal(got, wanted, cache_dtype):
+            setattr(parent, name, fused)
+            count += 1
+    return count
+
+
+def _has_parts(module: nn.Module) -> bool:
+    parts = [getattr(module, f"{n}_proj", None) for n in "qkv"]
+    return (
+        all(isinstance(p, MergedPart) for p in parts)
+        and len({id(p.site) for p in parts if isinstance(p, MergedPart)}) == 1
+        and hasattr(module, "o_proj")
+        and hasattr(module, "layer_idx")
+        and isinstance(getattr(module, "head_dim", None), int)
+    )
+
+
+def _equal(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    error = (got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)
+    return got.shape == wanted.shape and bool(error < (1e-4 if dtype == torch.float32 else 0.03))
