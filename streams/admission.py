@@ -26,7 +26,10 @@ UNUSED = "unused"  # feedback that leaves nothing to learn
 
 
 class OpenEntry(Struct):
-    """An admitted event that no segment holds yet. `content` is None for a tombstone."""
+    """An admitted event that no segment holds yet. `content` is None for a tombstone.
+
+    (`where`, `offset`) is its identity; `partner` is the place of the other event that a joined entry was made of.
+    """
 
     where: Where
     offset: int
@@ -35,6 +38,13 @@ class OpenEntry(Struct):
     content: bytes | None
     written_by: str
     arrived: float
+    partner: tuple[Where, int] | None = None
+
+
+def _places(entry: OpenEntry) -> list[tuple[Where, int, tuple[Where, int] | None]]:
+    """An entry's identity and partner, and these exchanged."""
+    places = [(entry.where, entry.offset, entry.partner)]
+    return [*places, (*entry.partner, (entry.where, entry.offset))] if entry.partner else places
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ class Admission:
         if item.offset < self._decided.get(item.where, 0):
             return REDELIVERED
         self._decided[item.where] = item.offset + 1
-        return self._append(item, item.event, item.subjects, item.content, "", at)
+        return self._append(OpenEntry(item.where, item.offset, item.event, item.subjects, item.content, "", at))
 
     def join(self, item: Item, at: float, age: float) -> list[str]:
         """Decide an interaction or feedback that was `age` seconds old on arrival: an entry for each pair it makes."""
@@ -143,59 +153,63 @@ class Admission:
             item = replace(item, content=None, raw=None)
         verdicts = []
         for key, interaction, feedback in self.joins.meet(item, fresh, at, age):
+            other = feedback if key is interaction else interaction
             subjects = tuple(sorted({*interaction.subjects, *feedback.subjects}))
-            if interaction.content is None or feedback.content is None:
-                verdicts.append(self._append(key, feedback.event, subjects, None, "", at))
-            else:
+            content, written_by = None, ""
+            if interaction.content is not None and feedback.content is not None:
                 content, by_model = compose(interaction.content, feedback.content)
                 written_by = interaction.digest if by_model else ""
-                verdicts.append(self._append(key, feedback.event, subjects, content, written_by, at))
+            partner = (other.where, other.offset)
+            entry = OpenEntry(key.where, key.offset, feedback.event, subjects, content, written_by, at, partner)
+            verdicts.append(self._append(entry))
         return verdicts or [WAITING if fresh else REDELIVERED]
 
     def readmit(self, other: "Admission") -> int:
         """After another worker has sealed: take over what it has not sealed of `other`'s; the number taken."""
         for entry in other.open:
-            if entry.offset >= self._decided.get(entry.where, 0):
-                self._append(entry, entry.event, entry.subjects, entry.content, entry.written_by, entry.arrived)
+            # The other worker may have one event of a pair waiting still: then the entry is the other event's.
+            for where, offset, partner in _places(entry):
+                if offset >= self._decided.get(where, 0):
+                    entry.where, entry.offset, entry.partner = where, offset, partner
+                    self._append(entry)
+                    break
         self.joins = other.joins
-        self._loaded = other._loaded
+        self.joins.outdate(self._consumed)
         for where, following in other._decided.items():
             self._decided[where] = max(following, self._decided.get(where, 0))
             self._loose.add(where)
         return len(self.open)
 
-    def _append(
-        self,
-        key: Item | OpenEntry,
-        event: bytes,
-        subjects: tuple[str, ...],
-        content: bytes | None,
-        written_by: str,
-        at: float,
-    ) -> str:
-        where, offset = key.where, key.offset
+    def _append(self, entry: OpenEntry) -> str:
+        event = entry.event
         index = self.next_index + len(self.open)
         if event:
             before = self._window.get(event)
             if before is not None and before >= index - self._dedupe:
-                self._loose.add(where)
+                self._loose.add(entry.where)
                 return DUPLICATE
             self._window[event] = index
             if len(self._window) > 2 * self._dedupe + 1024:
                 oldest = index - self._dedupe
                 self._window = {held: known for held, known in self._window.items() if known >= oldest}
-        if self._is_barred(subjects, written_by):
-            content = None
-        self.open.append(OpenEntry(where, offset, event, subjects, content, written_by, at))
-        if offset < self._first.setdefault(where, offset):
-            self._first[where] = offset
-        if offset <= self._last.get(where, -1):
+        if self._is_barred(entry):
+            entry.content = None
+        self.open.append(entry)
+        self._hold(entry)
+        if entry.offset <= self._last.get(entry.where, -1):
             self._ordered = False
-        self._last[where] = offset
-        return SUPPRESSED if content is None else ADMITTED
+        self._last[entry.where] = entry.offset
+        return SUPPRESSED if entry.content is None else ADMITTED
 
-    def _is_barred(self, subjects: tuple[str, ...], written_by: str) -> bool:
-        return not self.suppressed.isdisjoint(subjects) or written_by in self._revoked
+    def _hold(self, entry: OpenEntry) -> None:
+        if entry.offset < self._first.setdefault(entry.where, entry.offset):
+            self._first[entry.where] = entry.offset
+        if entry.partner is not None:
+            where, offset = entry.partner
+            self._first[where] = min(offset, self._first.get(where, offset))
+
+    def _is_barred(self, entry: OpenEntry) -> bool:
+        return not self.suppressed.isdisjoint(entry.subjects) or entry.written_by in self._revoked
 
     # -- segments ------------------------------------------------------------------------------------------------
 
@@ -256,8 +270,7 @@ class Admission:
         self._ordered = self._ordered or not self.open
         self._first = {}
         for entry in self.open:
-            if entry.offset < self._first.setdefault(entry.where, entry.offset):
-                self._first[entry.where] = entry.offset
+            self._hold(entry)
 
     # -- forgetting, and what must be read again -----------------------------------------------------------------
 
@@ -268,7 +281,7 @@ class Admission:
         self.epoch = epoch
         erased = 0
         for entry in self.open:
-            if entry.content is not None and self._is_barred(entry.subjects, entry.written_by):
+            if entry.content is not None and self._is_barred(entry):
                 entry.content = None
                 erased += 1
         self.joins.erase(suppressed)

@@ -4,22 +4,26 @@ A table of each, keyed by response (as a stream-table join in Kafka Streams). Bo
 an item that an earlier run has decided comes back as not `fresh`, so that it can be met but decides nothing again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from .items import INTERACTION, Item, Where
 
 
 class Waiting(Struct):
-    """An item in a table, since when (on the clock of arrivals), and whether this run is the first to decide it."""
+    """An item in a table, since when (on the clock of arrivals), and whether this run is the first to decide it.
+
+    `copies` are the places of the same interaction sent again: of two workers each may have met another one first.
+    """
 
     item: Item
     fresh: bool
     since: float
+    copies: list[tuple[Where, int]] = field(default_factory=list)
 
 
 class Meeting(NamedTuple):
@@ -47,17 +51,19 @@ class Joins:
         """Bring an item, `age` seconds old on arrival; what it meets. One of a pair must be fresh to be decided now."""
         arrived = Waiting(item, fresh, at - age)
         if item.kind == INTERACTION:
-            if item.response in self._interactions:
+            self._hold(item.where, item.offset)
+            if known := self._interactions.get(item.response):
+                known.copies.append((item.where, item.offset))
                 return []
-            self._wait(self._interactions.setdefault(item.response, arrived))
+            self._interactions[item.response] = arrived
             pairs = [(arrived, found) for found in self._feedback.pop(item.response, ())]
             for _, feedback in pairs:
-                self._forget_offset(feedback.item)
+                self._release(feedback)
         elif interaction := self._interactions.get(item.response):
             pairs = [(interaction, arrived)]
         else:
             self._feedback.setdefault(item.response, []).append(arrived)
-            self._wait(arrived)
+            self._hold(item.where, item.offset)
             pairs = []
         return [
             Meeting(_decider(item, interaction, feedback), interaction.item, feedback.item)
@@ -76,7 +82,7 @@ class Joins:
                 held.remove(waiting)
                 if not held:
                     del self._feedback[waiting.item.response]
-            self._forget_offset(waiting.item)
+            self._release(waiting)
             gone.append(waiting)
         return gone
 
@@ -85,6 +91,12 @@ class Joins:
         for waiting in self._all():
             if not suppressed.isdisjoint(waiting.item.subjects):
                 waiting.item = replace(waiting.item, content=None, raw=None)
+
+    def outdate(self, consumed: Mapping[Where, int]) -> None:
+        """What another worker has decided meanwhile is no longer fresh."""
+        for waiting in self._all():
+            if waiting.item.offset < consumed.get(waiting.item.where, 0):
+                waiting.fresh = False
 
     def floor(self, where: Where) -> int | None:
         """The lowest offset of a partition that something still waits from."""
@@ -102,11 +114,12 @@ class Joins:
         known = {id(waiting) for waiting in late}
         return late + [w for w in (*interactions, *feedback) if at - w.since > self._seconds and id(w) not in known]
 
-    def _wait(self, waiting: Waiting) -> None:
-        self._offsets.setdefault(waiting.item.where, {})[waiting.item.offset] = None
+    def _hold(self, where: Where, offset: int) -> None:
+        self._offsets.setdefault(where, {})[offset] = None
 
-    def _forget_offset(self, item: Item) -> None:
-        self._offsets[item.where].pop(item.offset, None)
+    def _release(self, waiting: Waiting) -> None:
+        for where, offset in [(waiting.item.where, waiting.item.offset), *waiting.copies]:
+            self._offsets[where].pop(offset, None)
 
 
 def _decider(arriving: Item, interaction: Waiting, feedback: Waiting) -> Item:

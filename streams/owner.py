@@ -119,7 +119,7 @@ class Owner:
             if item.kind == EXAMPLE:
                 tally[state.admit(item, at)] += 1
             else:
-                tally.update(state.join(item, at, max(0.0, wall - item.logged)))
+                tally.update(state.join(item, at, max(0.0, wall - item.logged) if item.logged > 0 else 0.0))
 
     def _read(self, action: Callable[[], T]) -> T:
         return self._patience.until(action, "reading the ledger")

@@ -46,16 +46,17 @@ class Worker:
         self.owner = Owner(settings, ledger, patience)
         self._sealer = Sealer(self.owner, ledger, store, patience, metrics, wake, self._holder)
         self._renewed = self._recorded = self._tidied = clock()
-        self._looked_for: tuple[int, int] | None = None
+        self._looked_for: dict[int, int] = {}  # by reader, the last read that the fences were looked for at
         self._take_lease()
 
     # -- one round -------------------------------------------------------------------------------------------------
 
     def take(self, parcel: Parcel) -> None:
         """Decide a parcel's events. Fences are looked for once per read: what was forgotten before is not learned."""
-        if parcel.items and parcel.read != self._looked_for:
+        reader, serial = parcel.read
+        if parcel.items and self._looked_for.get(reader) != serial:
             self._patience.until(self._look, "reading the ledger")
-            self._looked_for = parcel.read
+            self._looked_for[reader] = serial
         self.owner.take(parcel, self._clock())
 
     def commit(self, trigger: str = "") -> None:

@@ -1,0 +1,282 @@
+"""The dataflow in simulation: no processes, no Kafka, no clock; faults by a seeded schedule.
+
+A world holds what survives a crash (Kafka's partitions, the ledger, the store, the dead letters). Sessions are workers
+that read it; they crash, they are taken for dead and go on (zombies), their calls fail before or after their effect.
+After the schedule one fresh session reads everything, and `check` holds the world to what was published.
+"""
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import msgspec
+
+from riverdelta.core import payload
+from riverdelta.core.errors import Unavailable
+from riverdelta.core.keys import SubjectKey
+from riverdelta.core.recipe import Recipe, Seal
+from riverdelta.core.settings import Settings, Streams
+from riverdelta.registry.ledger import Ledger
+from riverdelta.streams.intake import Intake, Read, Record
+from riverdelta.streams.items import Where
+from riverdelta.streams.metrics import Metrics
+from riverdelta.streams.patience import Patience
+from riverdelta.streams.run import _floors
+from riverdelta.streams.worker import Worker
+
+from .memory import MemoryDelivery, MemoryLedger, MemoryStore
+
+KEY = SubjectKey(bytes(32))
+BUCKETS = 2
+METRICS = Metrics()
+ADAPTERS = ("ada", "bob", "cyd")
+SUBJECTS = ("ann", "ben", "cat", "dan")
+
+
+class Hasty(Patience):
+    """Tries again at once."""
+
+    def until(self, action: Callable[[], Any], what: str) -> Any:
+        while True:
+            try:
+                return action()
+            except Unavailable:
+                pass
+
+
+class Faulty:
+    """A ledger or store whose writing calls may fail before their effect, or after it (a lost acknowledgement)."""
+
+    def __init__(self, real: Any, rng: random.Random, rate: float) -> None:
+        self._real, self._rng, self._rate = real, rng, rate
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._real, name)
+        if not callable(call):
+            return call
+
+        def maybe(*given: Any, **named: Any) -> Any:
+            if self._rng.random() < self._rate:
+                raise Unavailable("before")
+            done = call(*given, **named)
+            if self._rng.random() < self._rate:
+                raise Unavailable("after")
+            return done
+
+        return maybe
+
+
+@dataclass
+class World:
+    """What survives."""
+
+    rng: random.Random
+    ledger: Any = field(default_factory=MemoryLedger)
+    store: Any = field(default_factory=MemoryStore)
+    delivery: MemoryDelivery = field(default_factory=MemoryDelivery)
+    run: str = "run-0"
+    runs: int = 1
+    parts: dict[int, list[Record]] = field(default_factory=lambda: {0: [], 1: [], 2: []})
+    published: dict[tuple[str, int, int], dict[str, Any]] = field(default_factory=dict)
+    junk: set[tuple[str, int, int]] = field(default_factory=set)
+    forgotten: Counter[tuple[str, str]] = field(default_factory=Counter)
+    events: int = 0
+    now: float = 0.0
+    fault_rate: float = 0.0
+    window: int = 10_000
+
+    def settings(self) -> Settings:
+        streams = Streams(buckets=BUCKETS, unknown_adapters="create", dedupe_window=self.window, join_seconds=1e9)
+        return Settings(data="/nowhere", kafka={"bootstrap": "none"}, streams=streams)
+
+    def publish(self, part: int, event: dict[str, Any] | None) -> None:
+        offset = len(self.parts[part])
+        where = (self.run, part, offset)
+        if event is None:
+            self.junk.add(where)
+            value = b"junk"
+        else:
+            self.published[where] = event
+            value = msgspec.json.encode(event)
+        self.parts[part].append((part, offset, 0, None, value, ()))
+
+    def forget(self, subject: str, digests: tuple[str, ...] = ()) -> None:
+        self.ledger.forget(KEY.subject(subject), ADAPTERS, digests)
+
+
+class Session:
+    """One worker reading the world from the ledger's floors."""
+
+    def __init__(self, world: World, serial: int) -> None:
+        self.world, self.serial, self.reads = world, serial, 0
+        patience = Hasty(threading.Event())
+        ledger = cast(Ledger, Faulty(world.ledger, world.rng, world.fault_rate))
+        store = cast(Any, Faulty(world.store, world.rng, world.fault_rate))
+        self.intake = Intake(KEY, BUCKETS)
+        self.worker = Worker(
+            world.settings(), ledger, store, cast(Any, world.delivery), patience, METRICS, lambda _: None,
+            lambda: world.now,
+        )  # fmt: skip
+        self.begin()
+
+    def begin(self) -> None:
+        """Turn to the topic's present incarnation, as a reader does."""
+        self.run = self.world.run
+        floors = _floors(self.world.ledger, Hasty(threading.Event()), BUCKETS, self.run)
+        self.reached: dict[Where, int] = {(self.run, part): floors.get(part, 0) for part in self.world.parts}
+
+    def read(self, part: int, count: int) -> None:
+        if self.run != self.world.run:
+            self.begin()
+        start = self.reached.setdefault((self.run, part), 0)
+        records = self.world.parts[part][start : start + count]
+        self.reached[self.run, part] = start + len(records)
+        self.reads += 1
+        read = Read((self.serial, self.reads), self.run, records, dict(self.reached))
+        for _, parcel in self.intake.sort(read):
+            self.worker.take(parcel)
+
+    def drain(self) -> None:
+        for _ in range(3):
+            for part in self.world.parts:
+                self.read(part, len(self.world.parts[part]))
+            self.world.now += 100.0
+            self.worker.commit()
+            self.worker.commit()
+
+
+def random_event(world: World, rng: random.Random, joins: bool) -> dict[str, Any] | None:
+    """Something a producer may send: now and then junk, a duplicate, feedback before its interaction."""
+    if rng.random() < 0.05:
+        return None
+    world.events += 1
+    event: dict[str, Any] = {"adapter": rng.choice(ADAPTERS), "subject": rng.choice(SUBJECTS)}
+    if joins and rng.random() < 0.5:
+        response = f"r{rng.randrange(12)}"
+        event["adapter"] = ADAPTERS[int(response[1:]) % 3]
+        if rng.random() < 0.5:
+            return {
+                **event, "type": "interaction", "response": response, "digest": f"d{rng.randrange(3)}",
+                "prompt": f"q-{response}", "completion": "a",
+            }  # fmt: skip
+        if rng.random() < 0.5:
+            return {**event, "type": "feedback", "response": response, "correction": f"c{rng.randrange(3)}"}
+        return {**event, "type": "feedback", "response": response, "rating": rng.choice([1, 1, -1])}
+    if rng.random() < 0.5:
+        event |= {"id": f"e{rng.randrange(40)}", "source": "s"}
+    return {**event, "text": f"t{world.events}"}
+
+
+def recipe(rng: random.Random) -> Recipe:
+    return Recipe(seal=Seal(count=rng.choice([1, 2, 3, 7]), age=rng.choice([0.5, 5.0])))
+
+
+def simulate(seed: int, joins: bool = True, forgets: bool = True, world: World | None = None) -> World:
+    """Run one schedule to its end; the world as it is after a fresh session has read everything."""
+    rng = random.Random(seed)
+    world = world or World(rng)
+    world.rng, world.fault_rate = rng, rng.choice([0.0, 0.0, 0.05])
+    for name in ADAPTERS[: rng.randrange(4)]:
+        world.ledger.create(name, recipe(rng), "test")
+    sessions = [Session(world, 0)]
+    steps = rng.randrange(20, 120)
+    for step in range(steps):
+        act = rng.random()
+        session = rng.choice(sessions)
+        world.now += rng.choice([0.0, 0.1, 0.3, 2.0])
+        if act < 0.35:
+            for _ in range(rng.randrange(1, 6)):
+                world.publish(rng.choice(list(world.parts)), random_event(world, rng, joins))
+        elif act < 0.65:
+            session.read(rng.choice(list(world.parts)), rng.randrange(1, 12))
+        elif act < 0.85:
+            session.worker.commit()
+        elif act < 0.91:  # a crash, or a worker taken for dead that goes on
+            if len(sessions) > 1 or rng.random() < 0.7:
+                sessions.remove(session)
+            if not sessions or rng.random() < 0.3:
+                sessions.append(Session(world, step + 1))
+        elif act < 0.94 and forgets:
+            world.forget(rng.choice(SUBJECTS), rng.choice([(), (), ("d0",)]))
+        elif act < 0.95 and forgets:
+            world.ledger.allow(KEY.subject(rng.choice(SUBJECTS)), ADAPTERS)
+        elif act < 0.96:
+            world.ledger.held.clear()  # every lease is given up for lost
+        elif act < 0.97:
+            world.parts[len(world.parts)] = []
+    world.fault_rate = 0.0
+    last = Session(world, steps + 1)
+    last.drain()
+    for session in sessions:  # zombies wake up once more
+        session.worker.commit()
+    last.drain()
+    return world
+
+
+class Wrong(AssertionError):
+    """The world is not what was published."""
+
+
+def check(world: World, forgets: bool = True) -> None:
+    """Every valid event is one entry, or a duplicate of one; nothing else is; nothing forgotten is in a payload."""
+    entries: dict[str, list[tuple[str, int, int]]] = {}
+    contents: dict[tuple[str, int, int], list[bytes | None]] = {}
+    named = set()
+    for adapter in ADAPTERS:
+        if adapter not in world.ledger.heads:
+            continue
+        following = 0
+        for segment, manifest in world.ledger.manifests(adapter):
+            named.add(segment.payload)
+            if segment.first != following:
+                raise Wrong(f"{adapter} jumps from index {following} to {segment.first}")
+            following += segment.count
+            held = payload.decode(world.store.get(segment.payload), segment.payload_sha)
+            for entry, content in zip(manifest.entries, held, strict=True):
+                place = (manifest.incarnations[entry.run], entry.partition, entry.offset)
+                entries.setdefault(adapter, []).append(place)
+                contents.setdefault(place, []).append(content)
+                if content is None and not entry.tombstone:
+                    raise Wrong(f"{place} is live and says nothing")
+        if any(following != world.ledger.heads[adapter].next_index for _ in (0,)):
+            raise Wrong(f"{adapter} ends at {following}")
+    if orphans := set(world.store.objects) - named and not forgets:
+        raise Wrong(f"payloads that no segment names: {orphans}")
+    for adapter in ADAPTERS:
+        _check_adapter(world, adapter, entries.get(adapter, []), contents)
+    dead = Counter((letter.where[0], letter.where[1], letter.offset) for letter in world.delivery.letters)
+    if set(dead) != world.junk:
+        raise Wrong(f"dead letters {set(dead) ^ world.junk}")
+
+
+def _check_adapter(
+    world: World,
+    adapter: str,
+    entries: list[tuple[str, int, int]],
+    contents: dict[tuple[str, int, int], list[bytes | None]],
+) -> None:
+    mine = {where: event for where, event in world.published.items() if event["adapter"] == adapter}
+    plain = {where for where, event in mine.items() if "text" in event and "id" not in event}
+    known: dict[str, set[tuple[str, int, int]]] = {}
+    for where, event in mine.items():
+        if "id" in event:
+            known.setdefault(event["id"], set()).add(where)
+    counts = Counter(entries)
+    for where in plain:
+        if counts.pop(where, 0) != 1:
+            raise Wrong(f"{where} of {adapter} is {Counter(entries)[where]} entries")
+    for name, wheres in known.items():
+        times = sum(counts.pop(where, 0) for where in wheres)
+        if times != 1:
+            raise Wrong(f"{name} of {adapter} is {times} entries")
+    lessons: dict[tuple[str, str], int] = {}
+    asked = {event["response"] for event in mine.values() if event.get("type") == "interaction"}
+    for event in mine.values():
+        if event.get("type") == "feedback" and event["response"] in asked:
+            if "correction" in event or event["rating"] > 0:
+                lessons[event["response"], "correction" if "correction" in event else "rating"] = 1
+    if sum(counts.values()) != len(lessons):
+        raise Wrong(f"{adapter} learned {sum(counts.values())} answers of {len(lessons)}")
