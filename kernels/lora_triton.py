@@ -52,18 +52,20 @@ def _chunk_sum(
 
 @triton.jit
 def _part_of_tile(tile, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which part an output tile lies in, its first column and the part's last."""
+    """Which part an output tile lies in, the part's first column, the tile's, and the part's end."""
     part = 0
+    start = 0
     first = 0
     end = 0
     for p in tl.static_range(len(COLUMNS) - 1):
         n_tiles = (COLUMNS[p + 1] - COLUMNS[p] + BLOCK_N - 1) // BLOCK_N
         here = (tile >= 0) & (tile < n_tiles)
         part = tl.where(here, p, part)
+        start = tl.where(here, COLUMNS[p], start)
         first = tl.where(here, COLUMNS[p] + tile * BLOCK_N, first)
         end = tl.where(here, COLUMNS[p + 1], end)
         tile -= n_tiles
-    return part, first, end
+    return part, start, first, end
 
 
 @triton.jit
@@ -125,7 +127,7 @@ def _expand(
     out_ptr,
     out_stride,
     b_slot_stride,
-    out_features,
+    max_rank,
     width,
     CHUNKS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -137,7 +139,7 @@ def _expand(
     PDL: tl.constexpr,
 ):
     tile = tl.program_id(1)
-    part, first, end = _part_of_tile(tl.program_id(0), COLUMNS, BLOCK_N)
+    part, start, first, end = _part_of_tile(tl.program_id(0), COLUMNS, BLOCK_N)
     n_rows = tl.load(tiles_ptr + 3 * tile + 2)
     slot = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
     offset = tl.load(offsets_ptr + slot * (PARTS + 1) + part)
@@ -149,7 +151,8 @@ def _expand(
         row_mask = local < n_rows
         columns = first + tl.arange(0, BLOCK_N)
         ranks = tl.arange(0, BLOCK_R)
-        b_at = b_ptr + slot * b_slot_stride + ranks[:, None] * out_features + columns[None, :]
+        b_part = b_ptr + slot * b_slot_stride + start * max_rank
+        b_at = b_part + ranks[:, None] * (end - start) + (columns - start)[None, :]
         out_at = out_ptr + rows[:, None] * out_stride + columns[None, :]
         out_mask = row_mask[:, None] & (columns < end)[None, :]
         # What shrink does not make is on its way before shrink ends. What is in `out` was there before shrink let this
@@ -168,7 +171,9 @@ def _expand(
             # A reduction over one element, so that the compiler converts the sum's layout, not each chunk's.
             h = tl.sum(h[None, :, :], axis=0)
             if r > 0:
-                b = tl.load(b_at + r * BLOCK_R * out_features, mask=live[:, None] & (columns < end)[None, :], other=0.0)
+                b = tl.load(
+                    b_at + r * BLOCK_R * (end - start), mask=live[:, None] & (columns < end)[None, :], other=0.0
+                )
             delta = tl.dot(h.to(b.dtype), b, delta, input_precision="ieee")
         tl.store(out_at, (base.to(tl.float32) + scale * delta).to(base.dtype), mask=out_mask)
 
@@ -187,7 +192,7 @@ def _fused(
     a_slot_stride,
     b_slot_stride,
     in_features,
-    out_features,
+    max_rank,
     CHUNKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -200,7 +205,7 @@ def _fused(
     TILE_M: tl.constexpr,
 ):
     tile = tl.program_id(1)
-    part, first, end = _part_of_tile(tl.program_id(0), COLUMNS, BLOCK_N)
+    part, start, first, end = _part_of_tile(tl.program_id(0), COLUMNS, BLOCK_N)
     n_rows = tl.load(tiles_ptr + 3 * tile + 2)
     slot = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
     offset = tl.load(offsets_ptr + slot * (PARTS + 1) + part)
@@ -212,7 +217,8 @@ def _fused(
         row_mask = local < n_rows
         columns = first + tl.arange(0, BLOCK_N)
         ranks = tl.arange(0, BLOCK_R)
-        b_at = b_ptr + slot * b_slot_stride + ranks[:, None] * out_features + columns[None, :]
+        b_part = b_ptr + slot * b_slot_stride + start * max_rank
+        b_at = b_part + ranks[:, None] * (end - start) + (columns - start)[None, :]
         out_at = out_ptr + rows[:, None] * out_stride + columns[None, :]
         out_mask = row_mask[:, None] & (columns < end)[None, :]
         base = tl.load(out_at, mask=out_mask, other=0.0)
@@ -237,7 +243,9 @@ def _fused(
                     BLOCK_R,
                 )
             if r > 0:
-                b = tl.load(b_at + r * BLOCK_R * out_features, mask=live[:, None] & (columns < end)[None, :], other=0.0)
+                b = tl.load(
+                    b_at + r * BLOCK_R * (end - start), mask=live[:, None] & (columns < end)[None, :], other=0.0
+                )
             delta = tl.dot(h.to(b.dtype), b, delta, input_precision="ieee")
         tl.store(out_at, (base.to(tl.float32) + scale * delta).to(base.dtype), mask=out_mask)
 
@@ -264,7 +272,7 @@ def delta(x: Tensor, pool: LoraPool, segments: Segments, out: Tensor, plan: Plan
             pool.a.stride(0),
             pool.b.stride(0),
             pool.in_features,
-            pool.out_features,
+            pool.max_rank,
             CHUNKS=chunks,
             COLUMNS=pool.columns,
             PARTS=parts,
@@ -314,7 +322,7 @@ def delta(x: Tensor, pool: LoraPool, segments: Segments, out: Tensor, plan: Plan
         out,
         out.stride(0),
         pool.b.stride(0),
-        pool.out_features,
+        pool.max_rank,
         width,
         CHUNKS=chunks,
         COLUMNS=pool.columns,

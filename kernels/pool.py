@@ -26,11 +26,11 @@ class LoraPool:
     """Weights of one linear site, or of several that read the same input (q/k/v, gate/up): one *part* each.
 
     A site's output is the parts' outputs side by side, widths ``parts``. A slot keeps each part at its true rank:
-    ``a[slot]`` stacks the parts' A row by row without gaps, ``b[slot]`` keeps the transposed B, so that both matrices
-    are read in whole contiguous rows and never beyond the rank.
+    ``a[slot]`` stacks the parts' A row by row without gaps, ``b[slot]`` holds a block [max_rank, width] of transposed B
+    per part, so that both matrices are read in whole contiguous rows and never beyond the rank.
 
-    Shapes: ``a`` [slots, n_parts * max_rank, in], ``b`` [slots, max_rank, out], ``offsets`` int32 [slots, n_parts + 1],
-    ``scales`` float32 [slots, n_parts].
+    Shapes: ``a`` [slots, n_parts * max_rank, in], ``b`` [slots, max_rank * out], ``offsets`` int32
+    [slots, n_parts + 1], ``scales`` float32 [slots, n_parts].
     """
 
     def __init__(
@@ -55,24 +55,29 @@ class LoraPool:
         self.device = torch.device(device)
         self.columns = tuple(sum(widths[:i]) for i in range(len(widths) + 1))
         self.a = torch.zeros(slots, len(widths) * max_rank, in_features, dtype=dtype, device=device)
-        self.b = torch.zeros(slots, max_rank, out_features, dtype=dtype, device=device)
+        self.b = torch.zeros(slots, max_rank * out_features, dtype=dtype, device=device)
         self.offsets = torch.zeros(slots, len(widths) + 1, dtype=torch.int32, device=device)
         self.scales = torch.zeros(slots, len(widths), dtype=torch.float32, device=device)
         self._empty = SlotLayout((0,) * (len(widths) + 1), (0.0,) * len(widths))
         self._layouts = [self._empty] * slots
-        self._uniform: dict[tuple[int, int], bool] = {}
+        self._asked: tuple[object, tuple[SlotLayout, ...]] = (None, ())
 
     def layout(self, slot: int) -> SlotLayout:
         """What the slot holds; rank 0 when it is clear."""
         return self._layouts[slot]
 
-    def uniform(self, first: int, last: int) -> bool:
-        """Whether slots first..last hold the same ranks and scales, so that one batched product serves them."""
-        key = (first, last)
-        known = self._uniform.get(key)  # one look: another thread may be writing to another slot
-        if known is None:
-            known = self._uniform[key] = len(set(self._layouts[first : last + 1])) == 1
-        return known
+    def layouts(self, runs: tuple[tuple[int, int], ...]) -> tuple[SlotLayout, ...]:
+        """What each run's slot holds."""
+        asked = self._asked  # a thread that fills another slot may replace it
+        if asked[0] is not runs:  # the same step asks again and again
+            asked = (runs, tuple(self._empty if slot < 0 else self._layouts[slot] for slot, _ in runs))
+            self._asked = asked
+        return asked[1]
+
+    def part_b(self, part: int) -> Tensor:
+        """The part's B of every slot, transposed: a view [slots, max_rank, width]."""
+        begin, end = (self.max_rank * column for column in self.columns[part : part + 2])
+        return self.b[:, begin:end].view(self.slots, self.max_rank, self.parts[part])
 
     def write(
         self,
@@ -101,8 +106,7 @@ class LoraPool:
                 continue
             begin, end = offsets[part], offsets[part + 1]
             self.a[slot, begin:end].copy_(pa, non_blocking=True)
-            columns = slice(self.columns[part], self.columns[part + 1])
-            self.b[slot, : end - begin, columns].copy_(pb.to(self.device, non_blocking=True).t())
+            self.part_b(part)[slot, : end - begin].copy_(pb.to(self.device, non_blocking=True).t())
         self._set_layout(slot, SlotLayout(tuple(offsets), tuple(scales)))
 
     def clear(self, slot: int) -> None:
@@ -113,7 +117,7 @@ class LoraPool:
 
     def _set_layout(self, slot: int, layout: SlotLayout) -> None:
         self._layouts[slot] = layout
-        self._uniform.clear()
+        self._asked = (None, ())
         self.offsets[slot].copy_(torch.tensor(layout.offsets, dtype=torch.int32))
         self.scales[slot].copy_(torch.tensor(layout.scales, dtype=torch.float32))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ class Case:
     out: Tensor
     runs: list[tuple[int, int]]
 
-    def segments(self, **kwargs: int) -> Segments:
+    def segments(self, **kwargs: Any) -> Segments:
         return Segments.build(self.runs, self.x.device, **kwargs)
 
     def expected(self) -> Tensor:
@@ -83,6 +84,6 @@ def make_case(
     return Case(pool, adapters, x, out, list(runs))
 
 
-@pytest.fixture(name="make_case")
+@pytest.fixture(name="make_case", scope="session")
 def _make_case() -> object:
     return make_case

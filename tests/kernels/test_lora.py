@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from riverdelta.kernels import LoraPool, Segments, lora_delta
 
@@ -51,13 +53,33 @@ def test_nothing_happens_without_adapters(make_case):
     lora_delta(case.x[:0], case.pool, empty, case.out[:0])
 
 
-def test_like_slots_in_order_make_one_batch():
-    segments = Segments.build([(4, 2), (5, 2), (6, 2), (6, 1), (7, 1), (-1, 1), (8, 1)], "cpu")
-    assert [(b.first_slot, b.n_slots, b.first_row, b.rows_each) for b in segments.batches] == [
-        (4, 3, 0, 2),
-        (6, 2, 6, 1),
-        (8, 1, 9, 1),
-    ]
+@given(
+    runs=st.lists(st.tuples(st.integers(-1, 5), st.integers(0, 20)), max_size=8),
+    exact=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_runs_match_float64(make_case, runs, exact, dtype):
+    ranks = [(8, 8), (8, 8), (8, 8), (4, 2), (0, 3), (0, 0)]
+    case = make_case(ranks, [*runs, (-1, 1)], parts=(24, 16), dtype=dtype)
+    segments = case.segments(exact=exact)
+    case.check(lora_delta(case.x, case.pool, segments, case.out.clone()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_features", [96, 100, 640])
+def test_exact_rows_do_not_depend_on_their_batch_mates(make_case, dtype, in_features):
+    runs = [(2, 3), (-1, 1), (0, 37), (1, 1), (2, 2), (3, 4)]
+    ranks = [(16, 16), (16, 16), (9, 9), (16, 16)]
+    case = make_case(ranks, runs, dtype=dtype, in_features=in_features, parts=(90, 36))
+    together = lora_delta(case.x, case.pool, case.segments(exact=True), case.out.clone())
+    row = 0
+    for slot, rows in runs:
+        for i in range(row, row + rows):
+            alone = case.out[i : i + 1].clone()
+            lora_delta(case.x[i : i + 1], case.pool, Segments.build([(slot, 1)], "cpu", exact=True), alone)
+            assert torch.equal(alone[0], together[i])
+        row += rows
 
 
 def test_segments_tile_long_runs_and_refuse_what_does_not_fit():
