@@ -35,6 +35,11 @@ def test_exact_rows_do_not_depend_on_their_mates():
         assert torch.equal(layer(x[:rows].flip(0)), alone[:rows].flip(0))
 
 
+def test_another_dtype_is_refused():
+    with pytest.raises(ValueError, match="convert x"):
+        PackedLinear(torch.randn(4, 8))(torch.randn(1, 8, dtype=torch.float64))
+
+
 def test_the_choice_is_a_mode_this_cpu_can_run():
     mode = choose_backend([(64, 64)], rows=4)
     assert mode in dict(MODES)
