@@ -94,7 +94,7 @@ def routes(server: Server) -> APIRouter:
         answer.on_event = count
         return answer
 
-    @router.post("/v1/completions", responses=ANSWERS, response_class=AnswerResponse)
+    @router.post("/v1/completions", responses=ANSWERS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or more prompts."""
         ref = visible(body.model, request.state.caller)
@@ -103,7 +103,7 @@ def routes(server: Server) -> APIRouter:
         answer = await begin(request, body, CompletionShape(), prompts, sampling, ref)
         return AnswerResponse(server, answer, bool(body.stream), body.include_usage)
 
-    @router.post("/v1/chat/completions", responses=ANSWERS, response_class=AnswerResponse)
+    @router.post("/v1/chat/completions", responses=ANSWERS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         ref = visible(body.model, request.state.caller)

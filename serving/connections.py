@@ -5,6 +5,8 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .writing import reset
+
 HEADER_SECONDS = 10.0
 
 
@@ -20,11 +22,11 @@ class BoundedProtocol(H11Protocol):
     def timeout_keep_alive_handler(self) -> None:
         """An idle client that has not even taken its last answer would keep the connection for ever."""
         if self.transport.get_write_buffer_size():
-            self.transport.abort()
+            reset(self.transport)
         else:
             super().timeout_keep_alive_handler()
 
     def _no_request_yet(self) -> None:
         cycle: Any = self.cycle
         if cycle is None and not self.transport.is_closing():
-            self.transport.abort()
+            reset(self.transport)

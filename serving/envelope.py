@@ -59,14 +59,14 @@ class Envelope:
                 await send_json(self._writers, sending, code, body, headers_of(code))
         except ReaderGone:
             said["gone"] = True
-            abort(scope)
+            await abort(scope)
         except Exception:
             log.exception("request failed", extra={"request_id": request_id})
             if not status:
                 body = error_body(500, "internal_error", f"The server failed. Its log names request {request_id}.")
                 await send_json(self._writers, sending, 500, body, {})
             elif not said.get("whole"):
-                abort(scope)
+                await abort(scope)
         finally:
             self._note(scope, request_id, status, time.monotonic() - began, said)
 

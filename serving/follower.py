@@ -87,7 +87,9 @@ class Follower:
         now = self._ledger.clock()
         moved, self._clock = now != self._clock, now
         self._dirty |= moved or woken  # woken also when weights that were wanted are loaded
-        if moved or clock() >= self._renew_at:
+        # Only reading, so that events that are sealed do not make every server write.
+        fenced = moved and self._ledger.last_fence() > (self._acked or 0)
+        if fenced or clock() >= self._renew_at:
             self._renew()
         if self._held and (self._permit.halted or self._due()):
             self._read()

@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import os
 import resource
 import signal
 import socket
@@ -41,6 +42,10 @@ def run(settings: Settings) -> None:
             torch.set_num_threads(serving.threads)
         http = HttpServer(Server(settings), sock)
         http.run_until_stopped()
+        if http.starting.is_alive():
+            # Loading a model cannot be interrupted, and aborts Python if it ends meanwhile. Nothing is held yet.
+            logging.shutdown()
+            os._exit(0)
 
 
 def is_loopback(host: str) -> bool:
@@ -74,6 +79,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, server: Server, sock: socket.socket) -> None:
         self.server = server
         self.sock = sock
+        self.starting = threading.Thread(target=self._start, name="start", daemon=True)
         self.url = f"http://{server.settings.serving.host}:{sock.getsockname()[1]}"
         super().__init__(
             uvicorn.Config(
@@ -92,8 +98,7 @@ class HttpServer(uvicorn.Server):
     def run_until_stopped(self) -> None:
         """Serve; returns after a clean stop, raises what broke the server."""
         _many_files()
-        threading.Thread(target=self._start, name="start", daemon=True).start()
-        log.info("listening on %s", self.url)
+        self.starting.start()
         self.run(sockets=[self.sock])
         self.server.stop()
         if self.server.failure is not None:
@@ -103,6 +108,11 @@ class HttpServer(uvicorn.Server):
         """Begin a clean stop, from any thread."""
         self.should_exit = True
         threading.Thread(target=self.server.stop, name="stop", daemon=True).start()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections."""
+        await super().startup(sockets)
+        log.info("listening on %s", self.url)
 
     async def on_tick(self, counter: int) -> bool:
         """An engine that has failed is only cured by a new process."""

@@ -89,9 +89,9 @@ class Server:
             if self._stopping:
                 return
             self._stopping = True
-        self.permit.stop()
         if self._engine is not None:
             self._engine.stop()
+        self.permit.stop()
         if self._fleet is not None:
             self._fleet.close()
         if self._follower is not None:

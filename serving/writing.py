@@ -1,7 +1,8 @@
 """Sending answers: bytes leave only while they may, and a reader that does not read is dropped."""
 
 import asyncio
-import logging
+import socket
+import struct
 from collections.abc import AsyncIterator, Collection
 from typing import Any
 
@@ -13,7 +14,6 @@ from riverdelta.core.errors import RiverdeltaError
 from .errors import describe, headers_of
 from .permit import Permit
 
-log = logging.getLogger(__name__)
 PATIENCE = 30.0
 _FLUSH_SECONDS = 5.0
 
@@ -66,11 +66,20 @@ class Writers:
             self._cut_off.discard(task)
 
 
-def abort(scope: Scope) -> None:
-    """Drop the connection with whatever it has not taken."""
+async def abort(scope: Scope) -> None:
+    """Drop the connection with whatever it has not taken, in the system's buffers too."""
     transport = scope.get("state", {}).get("transport")
     if transport is not None:
-        transport.abort()
+        reset(transport)
+        await asyncio.sleep(0)  # until the server knows that the client is gone
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Close a connection at once: TCP's reset, not its orderly end."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and not transport.is_closing():
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 async def gone(receive: Receive) -> None:

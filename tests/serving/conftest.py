@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from riverdelta.core import weights
+from riverdelta.core.digests import seed_of
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Kafka, Serving, Settings
 from riverdelta.core.store import ObjectStore, weights_key
@@ -66,8 +67,8 @@ class Hand:
             self.release(name)
         return name
 
-    def release(self, name: str, subjects: Sequence[str] = ("nobody",), seed: int | None = None) -> str:
-        """Seal a segment about these subjects (plain names), and commit random weights that learned it: their digest."""
+    def release(self, name: str, subjects: Sequence[str] = ("nobody",), data: tuple[bytes, str] | None = None) -> str:
+        """Seal a segment about these subjects (plain names) and commit random weights for it: their digest."""
         head = self.ledger.adapter(name)
         hashes = tuple(sorted(self.hashed(subject) for subject in subjects))
         manifest = Manifest(("run",), (ManifestEntry(0, 0, head.next_index, subjects=hashes),))
@@ -76,15 +77,14 @@ class Hand:
         )[0]
         if isinstance(sealed, Exception):
             raise sealed
-        return self.train(name, seed)
+        return self.train(name, data)
 
-    def train(self, name: str, seed: int | None = None, data: tuple[bytes, str] | None = None) -> str:
+    def train(self, name: str, data: tuple[bytes, str] | None = None) -> str:
         """Commit random (or given) weights for the adapter's next awaiting segment: their digest."""
         work = self.ledger.work(name)
         assert work is not None
         head = work.adapter
-        default = hash((name, head.next_version, head.epoch)) % 2**31
-        data = data or random_lora(default if seed is None else seed)
+        data = data or random_lora(seed_of(name, head.next_version, head.epoch))
         self.store.put(weights_key(data[1]), data[0])
         self.ledger.commit(
             Increment(name, work.segment.number, head.epoch, head.tip, data[1], "", (work.segment.number,), {}), ACTOR
@@ -148,6 +148,18 @@ def eventually(true: Callable[[], Any], seconds: float = 30.0) -> Any:
 def small_settings(folder: Path, base: Path, **serving: Any) -> Settings:
     """Settings for a small server without a broker."""
     return Settings(data=folder / "data", base=str(base), kafka=Kafka(), serving=Serving(**{**SMALL, **serving}))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Running]:
+    """A server for tests that change nothing: `acme` has versions 1 and 2, `beta` 1, `empty` none."""
+    settings = small_settings(tmp_path_factory.mktemp("shared"), tiny_base, batch_invariant=True)
+    hand = Hand(settings)
+    for name, versions in (("acme", 2), ("beta", 1), ("empty", 0)):
+        hand.adapter(name, versions)
+    running = Running(settings)
+    yield running
+    running.stop()
 
 
 @pytest.fixture
