@@ -25,6 +25,7 @@ from riverdelta.kernels import Segments, lora
 from riverdelta.kernels.timing import capture
 from riverdelta.serving.engine import EngineConfig
 from riverdelta.serving.engine.attention import StepContext
+from riverdelta.serving.engine.head import Scores
 from riverdelta.serving.engine.model import PagedModel
 
 BATCH, CONTEXT, RANK, ADAPTERS = 32, 512, 16, (0, 1, 8, 32)
@@ -96,37 +97,36 @@ class Ours:
         lengths = torch.full((BATCH,), CONTEXT + 1, dtype=torch.int32, device="cuda")
         self.context = StepContext(self.model.cache, places, tables, lengths)
         self.keep = torch.arange(BATCH, device="cuda")
-        self.step([(-1, BATCH)])  # makes the cache's layers
+        self.captured: list[Segments] = []
+        self.logits([(-1, BATCH)])  # makes the cache's layers
         with torch.inference_mode():
             for pair in self.model.cache.layers.values():
                 for cached in pair:
                     cached.normal_()
 
-    def segments(self, adapters: int) -> list[tuple[int, int]]:
+    def runs(self, adapters: int) -> list[tuple[int, int]]:
         return [(slot, BATCH // adapters) for slot in range(adapters)] if adapters else [(-1, BATCH)]
 
-    def step(self, runs: list[tuple[int, int]]) -> Tensor:
-        return self.model.step(self.tokens, self.positions, self.context, Segments.build(runs, "cuda"), self.keep)
+    def step(self, segments: Segments) -> Scores:
+        return self.model.step(self.tokens, self.positions, self.context, segments, self.keep)
+
+    def logits(self, runs: list[tuple[int, int]]) -> Tensor:
+        return self.step(Segments.build(runs, "cuda")).logits(list(range(BATCH)))
 
     def graph(self, adapters: int) -> Callable[[], object]:
-        """A captured step; its segments must outlive it."""
-        segments = Segments.build(self.segments(adapters), "cuda")
-
-        def step() -> Tensor:
-            return self.model.step(self.tokens, self.positions, self.context, segments, self.keep)
-
-        graph = capture([step])
-        step.graph = (graph, segments)  # type: ignore[attr-defined]
-        return graph.replay
+        """A captured step, whose segments must live as long."""
+        segments = Segments.build(self.runs(adapters), "cuda")
+        self.captured.append(segments)
+        return capture([lambda: self.step(segments)]).replay
 
     def disagreement(self, adapters: int) -> float:
         """Relative difference of the logits when LoRA goes through PyTorch's operators instead of Triton."""
-        runs = self.segments(adapters)
-        triton_logits = self.step(runs).float()
+        runs = self.runs(adapters)
+        triton_logits = self.logits(runs)
         chosen = lora.use_triton
         lora.use_triton = lambda _: False
         try:
-            torch_logits = self.step(runs).float()
+            torch_logits = self.logits(runs)
         finally:
             lora.use_triton = chosen
         return float((triton_logits - torch_logits).norm() / torch_logits.norm())
