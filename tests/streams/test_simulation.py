@@ -1,0 +1,82 @@
+"""The dataflow under seeded schedules of crashes, zombies, lost acknowledgements, forgets and topics made again."""
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from riverdelta.core.store import ObjectStore
+from riverdelta.registry.ledger import Ledger
+
+from .planted import PLANTED
+from .simulation import World, Wrong, check, simulate
+
+
+def test_every_event_is_one_entry_whatever_dies() -> None:
+    for seed in range(250):
+        check(simulate(seed))  # `python -m tests.streams.simulation SEED` runs one again
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_ten_thousand_schedules() -> None:
+    for seed in range(10_000, 20_000):
+        check(simulate(seed))
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    PLANTED[bug](monkeypatch)
+    for seed in range(430, 1030):
+        try:
+            check(simulate(seed))
+        except (Wrong, AssertionError, KeyError):
+            return
+    pytest.fail("600 schedules did not catch it")
+
+
+class RealLedger:
+    """The real ledger, with what the simulation asks of the one in memory."""
+
+    revoked: frozenset[str] = frozenset()
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._requests = 0
+        self.held = SimpleNamespace(clear=self._give_up)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    @property
+    def heads(self) -> dict[str, Any]:
+        return {adapter.name: adapter for adapter in self._ledger.adapters()}
+
+    def forget(self, subject: str, adapters: Any, digests: Any) -> None:
+        self._requests += 1
+        self._ledger.forget(f"request-{self._requests}", subject, [*self.heads] or None, "test")
+
+    def allow(self, subject: str, adapters: Any) -> None:
+        self._ledger.allow(subject, None, "test")
+
+    def _give_up(self) -> None:
+        for lease in self._ledger.leases():
+            self._ledger.drop_lease(lease.holder)
+
+
+class FolderStore(ObjectStore):
+    """A folder that can list itself."""
+
+    @property
+    def objects(self) -> list[str]:
+        return list(self.keys(""))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_same_on_the_real_ledger_and_store(seed: int, tmp_path: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path}/ledger.db")
+    world = World(random.Random(), RealLedger(ledger), FolderStore(f"file://{tmp_path}/store"))
+    check(simulate(seed, world=world))
+    ledger.close()
