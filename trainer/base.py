@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,8 @@ from .layout import Block
 from .shape import LoraShape, resolve
 
 ATTENTION = "riverdelta_rows"
+# Rows of a product whose weights are not prepacked: where a GPU's arithmetic takes as long as reading the weights.
+_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,24 @@ class Site(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """x W^T in the base's dtype, back in that of `x`."""
         held = x.to(self._dtype)
-        out = self._packed[0](held) if self._packed else linear(held, self._weight)  # type: ignore[arg-type]
-        return torch.as_tensor(out).to(x.dtype)
+        if self._packed is not None:
+            return torch.as_tensor(self._packed[0](held)).to(x.dtype)
+        return _tiled(held, lambda tile: linear(tile, self._weight)).to(x.dtype)  # type: ignore[arg-type]
 
     def transposed(self, y: Tensor) -> Tensor:
         """y W, likewise."""
         held = y.to(self._dtype).contiguous()
-        out = self._packed[1](held) if self._packed else held @ self._weight  # type: ignore[operator]
-        return torch.as_tensor(out).to(y.dtype)
+        if self._packed is not None:
+            return torch.as_tensor(self._packed[1](held)).to(y.dtype)
+        return _tiled(held, lambda tile: tile @ self._weight).to(y.dtype)  # type: ignore[operator]
+
+
+def _tiled(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rows through products of one fixed shape: a library that chooses its kernel by the number of rows chooses one."""
+    rows = x.shape[0]
+    if rows % _TILE:
+        x = torch.cat([x, x.new_zeros(_TILE - rows % _TILE, x.shape[1])])
+    return torch.cat([product(tile) for tile in torch.split(x, _TILE)])[:rows]
 
 
 class _Frozen(torch.autograd.Function):
@@ -140,6 +152,10 @@ class Base:
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return cls(model, tokenizer, base_files.digest(folder), device, dtype, threads)
+
+    def sites(self) -> Iterator[Site]:
+        """Every linear layer."""
+        return (module for module in self._model.modules() if isinstance(module, Site))
 
     def shape(self, lora: Lora) -> LoraShape:
         """Which modules a LoRA changes in this base, as peft resolves it."""

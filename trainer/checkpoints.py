@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from riverdelta.core.digests import canonical_json
-from riverdelta.core.errors import Corrupt, Unavailable
+from riverdelta.core.errors import Corrupt, NotFound, Unavailable
+from riverdelta.core.store import ObjectStore
 from riverdelta.core.weights import decode, encode
 
 from .increment import Learner, Snapshot
@@ -32,6 +33,9 @@ _STATES = ("state-0", "state-1")
 _FRAME = struct.Struct("<II")
 _SHARE = 0.01
 """The part of the time that writing states may take."""
+SHIP_SECONDS = 30.0
+SHIPPED = "checkpoints/"
+"""Where the object store holds copies: below it, the adapter and the increment's key."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,14 @@ class Held:
 class CheckpointLog:
     """The log of one increment. `record` is called after each step and returns at once; `close` waits for the disk."""
 
-    def __init__(self, folder: Path, key: str) -> None:
-        """`key` names the increment and everything that shapes it: what another key has written is not read."""
-        self._folder, self._key = folder, key
+    def __init__(self, folder: Path, key: str, shipped: "Shipped | None" = None) -> None:
+        """`key` names the increment and everything that shapes it: what another key has written is not read.
+
+        With `shipped`, a copy of the state lies in the object store too, `SHIP_SECONDS` old at most: that much work
+        is lost with the machine.
+        """
+        self._folder, self._key, self._shipped = folder, key, shipped
+        self._ship_at = time.monotonic() + SHIP_SECONDS
         self._records: list[bytes] = []
         self._snapshot: Snapshot | None = None
         self._turn = 0
@@ -68,8 +77,11 @@ class CheckpointLog:
         except OSError as error:
             raise _unavailable(self._folder, error) from error
         self._known = held.losses
-        if held.state is not None:
-            learner.restore(held.state)
+        state = held.state
+        if self._shipped is not None and state is None and not held.losses:
+            state = _parsed(self._shipped.get(), self._key)
+        if state is not None:
+            learner.restore(state)
         self._thread = threading.Thread(target=self._write, name=f"checkpoints {self._folder.name}", daemon=True)
         self._thread.start()
         return learner.place
@@ -87,10 +99,11 @@ class CheckpointLog:
                 )
             return
         line = canonical_json({"step": place, "position": learner.optimiser.position, "loss": loss.hex()})
+        due = self._snapshot is None and time.monotonic() >= self._due
+        snapshot = learner.snapshot() if due else None
         with self._changed:
             self._records.append(_framed(line))
-            if self._snapshot is None and time.monotonic() >= self._due:
-                self._snapshot = learner.snapshot()
+            self._snapshot = snapshot or self._snapshot
             self._changed.notify_all()
 
     def _retry(self) -> None:
@@ -104,10 +117,10 @@ class CheckpointLog:
                 raise _unavailable(self._folder, self._failure) from self._failure
 
     def close(self, learner: Learner | None = None) -> None:
-        """Write what is left, and with `learner` its state, then stop."""
+        """Write what is left, and with `learner` its state, in the store too, then stop."""
         with self._changed:
             if learner is not None and learner.losses:
-                self._snapshot = learner.snapshot()
+                self._snapshot, self._ship_at = learner.snapshot(), 0.0
             self._closing = True
             self._changed.notify_all()
         if self._thread is not None:
@@ -122,6 +135,8 @@ class CheckpointLog:
             self._records, self._snapshot = [], None
         self.close()
         delete(self._folder)
+        if self._shipped is not None:
+            self._shipped.delete()
 
     # -- the writer's thread ---------------------------------------------------------------------------------
 
@@ -173,6 +188,9 @@ class CheckpointLog:
         finally:
             os.close(descriptor)
         self._turn = 1 - self._turn
+        if self._shipped is not None and time.monotonic() >= self._ship_at:
+            self._shipped.put(hashlib.sha256(data).digest() + data)
+            self._ship_at = time.monotonic() + SHIP_SECONDS
 
     def _open(self, keep: bool) -> None:
         if not keep:
@@ -189,6 +207,36 @@ class CheckpointLog:
             _sync_folder(self._folder)
 
 
+class Shipped:
+    """The copy of one increment's state in the object store. A store that is away costs the copy, nothing else."""
+
+    def __init__(self, store: ObjectStore, adapter: str, key: str) -> None:
+        self._store, self._name = store, f"{SHIPPED}{adapter}/{key}"
+        self._there = False
+
+    def put(self, data: bytes) -> None:
+        """Replace the copy."""
+        try:
+            self._store.put(self._name, data)
+            self._there = True
+        except Unavailable as error:
+            log.warning("The checkpoint is on this machine alone: %s", error)
+
+    def get(self) -> bytes:
+        """The copy, empty when there is none."""
+        try:
+            data = self._store.get(self._name)
+        except (NotFound, Unavailable):
+            return b""
+        self._there = True
+        return data
+
+    def delete(self) -> None:
+        """Remove the copy, if this process has made or read it."""
+        if self._there:
+            self._store.delete(self._name)
+
+
 def read(folder: Path, key: str) -> Held:
     """What a folder holds of the increment `key`; nothing of another, and nothing that is torn."""
     try:
@@ -202,6 +250,15 @@ def read(folder: Path, key: str) -> Held:
     taken = state.place if state else 0
     records = [json.loads(line) for line in lines[1:]]
     return Held(state, {r["step"]: float.fromhex(r["loss"]) for r in records if r["step"] > taken})
+
+
+def key_in(folder: Path) -> str | None:
+    """The key of the increment that a folder holds a log of."""
+    try:
+        lines, _ = _whole((folder / _LOG).read_bytes())
+    except OSError:
+        return None
+    return json.loads(lines[0]).get("key") if lines else None
 
 
 def delete(folder: Path) -> None:
@@ -232,9 +289,12 @@ def _encode(key: str, snapshot: Snapshot) -> bytes:
 
 def _decode(path: Path, key: str) -> Snapshot | None:
     try:
-        raw = path.read_bytes()
+        return _parsed(path.read_bytes(), key)
     except FileNotFoundError:
         return None
+
+
+def _parsed(raw: bytes, key: str) -> Snapshot | None:
     if len(raw) < 32 or hashlib.sha256(raw[32:]).digest() != raw[:32]:
         return None
     config, tensors = decode(raw[32:])

@@ -19,7 +19,7 @@ from riverdelta.core.template import example_ids
 
 from .adapter import AdapterWeights
 from .base import Base, Member
-from .layout import Batch, Row, arrange, plan
+from .layout import Batch, Row, arrange, bucket, plan
 from .optimiser import AdamW
 
 # Rows of logits held at once, and the multiple that their number is filled up to: below it, a product's bits depend
@@ -110,6 +110,10 @@ class Learner:
             self.optimiser.skip()
             self.place += 1
         return []
+
+    def next_tokens(self) -> int:
+        """How many tokens the next micro-batch takes in a step."""
+        return sum(bucket(len(row.tokens)) for row in self.next_rows())
 
     def learn(self, loss: float, gradients: tuple[Tensor, ...], tokens: int) -> None:
         """Take the optimiser's step with the gradients of the next micro-batch."""

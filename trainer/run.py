@@ -50,6 +50,7 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
             ledger,
             ObjectStore(settings.store_url),
             base,
+            settings.data / "trainer",
             new_holder("trainer"),
             stop,
             lambda adapter: wakeups.send(settings.topics.releases, adapter),

@@ -5,19 +5,24 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_when_event_set, wait_exponential
 
+from riverdelta.core.digests import digest_of
 from riverdelta.core.errors import Conflict, Corrupt, NotFound, RiverdeltaError, Unavailable
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore, state_key, weights_key
 from riverdelta.registry.ledger import Cause, Increment, Ledger, Work
 
 from .base import Base
+from .checkpoints import CheckpointLog
 from .fingerprint import fingerprint
+from .folder import TrainerFolder
 from .increment import Candidate, Learner, step
 from .inputs import read_inputs
+from .packing import packs_exactly
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -26,6 +31,8 @@ LEASE_SECONDS = 10.0
 # A damaged payload or parent is for people to mend: it is said again this often, and other adapters go on.
 _STALLED_SECONDS = 30.0
 _PROGRESS_SECONDS = 2.0
+# What a step holds at most of several adapters, unless one alone has more.
+_STEP_TOKENS = 4096
 
 
 class Stopping(Exception):
@@ -38,6 +45,7 @@ class Active:
 
     work: Work
     learner: Learner
+    checkpoints: CheckpointLog
     saw: set[int]
     head: int
     began: float = field(default_factory=time.monotonic)
@@ -57,19 +65,24 @@ class Worker:
         ledger: Ledger,
         store: ObjectStore,
         base: Base,
+        folder: Path,
         holder: str,
         stop: threading.Event,
         released: Callable[[str], None],
-        most: int = 1,
+        most: int = 16,
     ) -> None:
-        """`released` hears the adapter after each commit; `most` adapters are trained side by side."""
+        """`folder` holds checkpoint logs; `released` hears the adapter after each commit; `most` adapters are trained
+        side by side, if that changes no bit."""
         self._ledger, self._store, self._base = ledger, store, base
         self._holder, self._stop, self._released, self._most = holder, stop, released, most
         self._fingerprint = fingerprint(base)
         self._active: dict[str, Active] = {}
         self._stalled: dict[str, float] = {}
+        self._exact: bool | None = None
         self._lease_due = 0.0
         self._acked = self._patiently(lambda: ledger.take_lease(holder, "trainer", LEASE_SECONDS))
+        self._folder = self._patiently(lambda: TrainerFolder(folder, store))
+        self._patiently(lambda: self._folder.sweep(self._next_key))
 
     @property
     def idle(self) -> bool:
@@ -84,17 +97,21 @@ class Worker:
         if not self._active:
             return False
         for group in self._groups():
-            step(self._base, [active.learner for active in group])
+            self._step(group)
         for active in list(self._active.values()):
+            self._record(active)
             self._tell(active)
-            if active.learner.done:
-                del self._active[active.work.adapter.name]
+            if active.learner.done and active.work.adapter.name in self._active:
                 self._finish(active)
+                self._drop(active)
         return True
 
     def close(self) -> None:
-        """Give the lease up."""
+        """Leave the increments where another trainer can go on with them, and give the lease up."""
+        for active in self._active.values():
+            active.checkpoints.close(active.learner)
         self._active.clear()
+        self._folder.close()
         try:
             self._ledger.drop_lease(self._holder)
         except Unavailable as error:
@@ -110,26 +127,34 @@ class Worker:
             if fence > self._acked:
                 # What a forget touched has another epoch now: dropping that carries out every fence up to here.
                 self._drop_overtaken()
+                self._patiently(lambda: self._folder.sweep(self._next_key, frozenset(self._active)))
                 self._acked = fence
                 self._patiently(lambda: self._ledger.renew_lease(self._holder, fence))
         except NotFound:
             log.warning("The lease was given up for lost: beginning anew")
+            for active in self._active.values():
+                active.checkpoints.discard()
             self._active.clear()
             self._acked = self._patiently(lambda: self._ledger.take_lease(self._holder, "trainer", LEASE_SECONDS))
+            self._patiently(lambda: self._folder.sweep(self._next_key))
         self._lease_due = time.monotonic() + LEASE_SECONDS / 5
 
     def _drop_overtaken(self) -> None:
-        for name, active in list(self._active.items()):
+        for active in list(self._active.values()):
             if not self._patiently(lambda active=active: self._wanted(active)):  # type: ignore[misc]
                 log.info("Dropped %s: the ledger has moved on", active.name)
-                del self._active[name]
+                self._drop(active)
+
+    def _drop(self, active: Active) -> None:
+        del self._active[active.work.adapter.name]
+        active.checkpoints.discard()
 
     def _wanted(self, active: Active) -> bool:
         name = active.work.adapter.name
         head = self._ledger.adapter(name)
         if head.head != active.head:
             work = self._ledger.work(name)
-            if work is None or _identity(work) != _identity(active.work):
+            if work is None or self._key(work) != self._key(active.work):
                 return False
             active.head = work.adapter.head
         return True
@@ -143,6 +168,8 @@ class Worker:
         for name, _ in self._patiently(self._ledger.waiting):
             if len(self._active) >= self._most or self._stop.is_set():
                 return
+            if self._active and name not in self._active and not self._may_pack():
+                return
             if name in self._active or self._stalled.get(name, 0.0) > now:
                 continue
             try:
@@ -150,6 +177,16 @@ class Worker:
             except (Corrupt, NotFound) as error:
                 self._stalled[name] = now + _STALLED_SECONDS
                 log.error("%s waits until this is mended: %s", name, error)
+
+    def _may_pack(self) -> bool:
+        if self._exact is None:
+            log.info("Trying whether adapters can be trained side by side without changing a bit")
+            self._exact = packs_exactly(self._base)
+            if not self._exact:
+                log.warning("On this machine they cannot: adapters are trained one after the other")
+        if not self._exact:
+            self._most = 1
+        return self._exact
 
     def _begin(self, name: str) -> None:
         work = self._patiently(lambda: self._ledger.work(name))
@@ -168,7 +205,9 @@ class Worker:
             self._set_aside(work, error)
             return
         self._stalled.pop(name, None)
-        self._active[name] = Active(work, learner, saw, work.adapter.head)
+        checkpoints = self._folder.open(name, self._key(work))
+        spared = self._patiently(lambda: checkpoints.resume(learner))
+        self._active[name] = Active(work, learner, checkpoints, saw, work.adapter.head)
         log.info(
             "Training %s on version %d: %d entries, %d steps",
             f"{name} segment {work.segment.number}",
@@ -176,6 +215,8 @@ class Worker:
             work.segment.count,
             len(learner.plan),
         )
+        if spared:
+            log.info("Resumed %s segment %d after step %d", name, work.segment.number, spared)
 
     def _learner(self, work: Work) -> tuple[Learner, set[int]]:
         inputs = read_inputs(self._ledger, self._store, work)
@@ -190,12 +231,63 @@ class Worker:
         )
         return learner, {work.segment.number, *inputs.earlier.used}
 
+    def _key(self, work: Work) -> str:
+        """Names an increment by everything that shapes it; an epoch stands for its tombstones."""
+        parent = work.parent
+        return digest_of(
+            [
+                work.adapter.name,
+                work.adapter.seed,
+                work.adapter.recipe_digest,
+                work.adapter.epoch,
+                work.segment.number,
+                [parent.number, parent.digest, parent.state] if parent else None,
+                self._fingerprint,
+            ]
+        )
+
+    def _next_key(self, adapter: str) -> str | None:
+        try:
+            work = self._ledger.work(adapter)
+        except NotFound:
+            return None
+        return None if work is None else self._key(work)
+
     def _groups(self) -> list[list[Active]]:
-        groups: dict[tuple[str, ...], list[Active]] = {}
+        """Who takes the next step together: adapters that change the same modules, up to so many tokens."""
+        groups: list[list[Active]] = []
+        room: dict[tuple[str, ...], int] = {}
+        at: dict[tuple[str, ...], int] = {}
         for active in self._active.values():
             targets = tuple(target.module for target in active.learner.weights.shape.targets)
-            groups.setdefault(targets, []).append(active)
-        return list(groups.values())
+            tokens = active.learner.next_tokens()
+            if room.get(targets, 0) < tokens:
+                at[targets], room[targets] = len(groups), _STEP_TOKENS
+                groups.append([])
+            groups[at[targets]].append(active)
+            room[targets] -= tokens
+        return groups
+
+    def _step(self, group: list[Active]) -> None:
+        try:
+            step(self._base, [active.learner for active in group])
+        except (RuntimeError, MemoryError) as error:  # nobody has learned from this step yet
+            if len(group) > 1:
+                for active in group:
+                    self._step([active])
+                return
+            log.error("%s waits: its step failed: %s", group[0].name, error)
+            self._stalled[group[0].work.adapter.name] = time.monotonic() + _STALLED_SECONDS
+            self._drop(group[0])
+
+    def _record(self, active: Active) -> None:
+        if active.learner.failure is not None or not active.learner.losses:
+            return
+        try:
+            self._patiently(lambda: active.checkpoints.record(active.learner))
+        except Corrupt as error:
+            log.error("Beginning %s anew: %s", active.name, error)
+            self._drop(active)
 
     def _tell(self, active: Active) -> None:
         learner = active.learner
@@ -285,9 +377,3 @@ class Worker:
             retry_error_callback=give_up,
         )
         return retrying(action)
-
-
-def _identity(work: Work) -> tuple[int, int, int, str]:
-    """What must be the same for an outcome to be accepted."""
-    parent = work.parent.number if work.parent else 0
-    return work.segment.number, work.adapter.epoch, parent, work.adapter.recipe_digest

@@ -1,14 +1,17 @@
 """A real ledger and store in a folder, and the acts of streams and operators on them, without a broker."""
 
 import hashlib
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from riverdelta.core import payload
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry.ledger import Forget, Ledger, Manifest, ManifestEntry, Seal, SegmentRecord
+from riverdelta.trainer.base import Base
+from riverdelta.trainer.worker import Worker
 
 
 def hashed(subject: str) -> str:
@@ -50,6 +53,10 @@ class Stack:
         )
         assert isinstance(made, SegmentRecord), made
         return made
+
+    def worker(self, base: Base, holder: str = "t0", released: Callable[[str], None] = str, most: int = 16) -> Worker:
+        """A trainer on this stack."""
+        return Worker(self.ledger, self.store, base, self.folder / "trainer", holder, threading.Event(), released, most)
 
     def forget(self, name: str, subject: str) -> Forget:
         """Forget a subject in one adapter."""

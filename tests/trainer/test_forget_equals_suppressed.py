@@ -6,7 +6,6 @@ event of a subject that was suppressed when it arrived or has been forgotten sin
 """
 
 import random
-import threading
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +17,6 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.registry.ledger import Ledger, Manifest
 from riverdelta.trainer.base import Base
 from riverdelta.trainer.replay import Replayed, replay
-from riverdelta.trainer.worker import Worker
 from tests.trainer.samples import contents, fact, recipe
 from tests.trainer.stack import Stack
 
@@ -49,7 +47,7 @@ def live(stack: Stack, base: Base, like: Recipe, draw: random.Random) -> Raw:
     """A random history: seals, steps of the trainer, forgets and allows at any moment, trainers lost and replaced."""
     raw = Raw()
     stack.create("acme", like)
-    worker = Worker(stack.ledger, stack.store, base, "t0", threading.Event(), lambda _: None)
+    worker = stack.worker(base, "t0")
     for number in range(draw.randrange(3, 6)):
         size = draw.randrange(1, 7)
         subjects = [draw.choice(SUBJECTS) for _ in range(size)]
@@ -61,7 +59,7 @@ def live(stack: Stack, base: Base, like: Recipe, draw: random.Random) -> Raw:
             worker.turn()
         if draw.random() < 0.3:
             worker.close()
-            worker = Worker(stack.ledger, stack.store, base, f"t{number + 1}", threading.Event(), lambda _: None)
+            worker = stack.worker(base, f"t{number + 1}")
         if draw.random() < 0.45:
             forget(stack, raw, draw.choice(SUBJECTS))
         if raw.forgotten and draw.random() < 0.2:
@@ -124,7 +122,7 @@ def test_a_leaked_tombstone_is_caught(tmp_path: Path, base: Base, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "manifest", leaky)
-        worker = Worker(stack.ledger, stack.store, base, "t0", threading.Event(), lambda _: None)
+        worker = stack.worker(base, "t0")
         while worker.turn():
             pass
     assert stack.ledger.adapter("acme").release == 1

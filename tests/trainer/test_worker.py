@@ -1,6 +1,5 @@
 """The worker on a real ledger: work becomes versions, and what a forget or a rollback overtakes is refused."""
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ def stack(tmp_path: Path) -> Stack:
 
 def worker(stack: Stack, base: Base, **options: int) -> Worker:
     released: list[str] = []
-    made = Worker(stack.ledger, stack.store, base, "trainer-test", threading.Event(), released.append, **options)
+    made = stack.worker(base, "trainer-test", released.append, **options)
     made.released = released  # type: ignore[attr-defined]
     return made
 

@@ -1,0 +1,89 @@
+"""The folder of one trainer process: its checkpoint logs, and none that the ledger has moved past.
+
+Several trainers may share a data folder: each claims a numbered place by a file lock, which dies with the process.
+"""
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from riverdelta.core.errors import Unavailable
+from riverdelta.core.store import ObjectStore
+
+from . import checkpoints
+from .checkpoints import CheckpointLog, Shipped
+
+log = logging.getLogger(__name__)
+
+Wanted = Callable[[str], str | None]
+"""The key of the increment that an adapter's next work would be, None when it has none."""
+
+
+class TrainerFolder:
+    """Checkpoint logs by adapter, below `root`, with copies in the store for a trainer on another machine."""
+
+    def __init__(self, root: Path, store: ObjectStore) -> None:
+        self._store = store
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock, self._path = _claim(root)
+        except OSError as error:
+            raise Unavailable(
+                f"Cannot write to {root}: {error.strerror}.", "Is the disk full, or read-only?"
+            ) from error
+        self._root = root
+
+    def open(self, adapter: str, key: str) -> CheckpointLog:
+        """The log of an adapter's increment."""
+        return CheckpointLog(self._path / adapter, key, Shipped(self._store, adapter, key))
+
+    def sweep(self, wanted: Wanted, but: frozenset[str] = frozenset()) -> None:
+        """Delete every log that is not of its adapter's next work, here and where dead trainers left them; `but`
+        names adapters whose logs are in use."""
+        for place in sorted(self._root.iterdir()):
+            if not place.is_dir():
+                continue
+            if place == self._path:
+                _sweep(place, wanted, but)
+            elif (lock := _try_lock(place.with_suffix(".lock"))) is not None:
+                _sweep(place, wanted, frozenset())
+                os.close(lock)
+        for name in list(self._store.keys(checkpoints.SHIPPED)):
+            adapter, _, key = name.removeprefix(checkpoints.SHIPPED).partition("/")
+            if wanted(adapter) != key:
+                self._store.delete(name)
+
+    def close(self) -> None:
+        """Let another process have the place."""
+        os.close(self._lock)
+
+
+def _sweep(place: Path, wanted: Wanted, but: frozenset[str]) -> None:
+    for folder in sorted(place.iterdir()):
+        if folder.name in but:
+            continue
+        key = wanted(folder.name)
+        if key is None or key != checkpoints.key_in(folder):
+            log.info("Removing the checkpoints of %s: the ledger has moved on", folder.name)
+            checkpoints.delete(folder)
+
+
+def _claim(root: Path) -> tuple[int, Path]:
+    number = 0
+    while (lock := _try_lock(root / f"{number}.lock")) is None:
+        number += 1
+    place = root / str(number)
+    place.mkdir(exist_ok=True, mode=0o700)
+    return lock, place
+
+
+def _try_lock(path: Path) -> int | None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -1,0 +1,77 @@
+"""Whether adapters trained side by side get, on this machine, the bits that each gets alone: tried, not assumed.
+
+All that adapters share in a step are the base's frozen products, which compute a row from that row alone if the library
+underneath keeps to it; on some machines and shapes it does not. Everything else in a step has the adapter's own shape.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from riverdelta.core.recipe import Recipe
+
+from .base import Base, Site
+from .increment import Learner, step
+
+_ROWS = 320
+_PLACES = ((0, 8), (0, 24), (8, 40), (40, 64), (16, 152), (56, 312))
+
+
+def packs_exactly(base: Base) -> bool:
+    """Try it: every product at its real shape, and whole steps of three unlike adapters, packed and alone."""
+    return all(_rows_stand_alone(base, site) for site in _kinds(base)) and _steps_agree(base)
+
+
+def _kinds(base: Base) -> Iterator[Site]:
+    """One site of each shape."""
+    seen: set[tuple[int, int]] = set()
+    for site in base.sites():
+        if (site.in_features, site.out_features) not in seen:
+            seen.add((site.in_features, site.out_features))
+            yield site
+
+
+def _rows_stand_alone(base: Base, site: Site) -> bool:
+    # The head's rows come by the dozen; its product over hundreds would cost seconds and memory to no purpose.
+    head = site.out_features > 16 * site.in_features
+    places = _PLACES[:3] if head else _PLACES
+    rows = 64 if head else _ROWS
+    return _same_rows(site.product, _noise(rows, site.in_features, base.device), places) and _same_rows(
+        site.transposed, _noise(rows, site.out_features, base.device), places
+    )
+
+
+def _same_rows(product: Callable[[Tensor], Tensor], x: Tensor, places: tuple[tuple[int, int], ...]) -> bool:
+    whole = product(x)
+    return all(torch.equal(product(x[first:last].clone()), whole[first:last]) for first, last in places)
+
+
+def _noise(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns)).to(device)
+
+
+def _steps_agree(base: Base) -> bool:
+    alone = [_learner(base, number) for number in range(3)]
+    packed = [_learner(base, number) for number in range(3)]
+    for _ in range(2):
+        for learner in alone:
+            step(base, [learner])
+        step(base, packed)
+    return all(
+        torch.equal(one.weights.flat, other.weights.flat) and one.losses == other.losses
+        for one, other in zip(alone, packed, strict=True)
+    )
+
+
+def _learner(base: Base, number: int) -> Learner:
+    recipe = Recipe.from_dict(
+        {
+            "lora": {"rank": (16, 8, 4)[number]},
+            "training": {"passes": 2, "micro_batch": (3, 1, 2)[number], "rehearse": 0},
+        }
+    )
+    texts = ["one", "a few words more than that", "and " * (20 + 10 * number)][: (3, 1, 2)[number]]
+    entries: list[bytes | None] = [json.dumps({"text": text}).encode() for text in texts]
+    return Learner(base, recipe, number, entries, [], None, None)
