@@ -39,6 +39,12 @@ logger = logging.getLogger(__name__)
 # A step that fails this often in a row will not heal: better to be restarted.
 _MAX_FAILURES = 3
 
+# Ordinary text, for the model's start-up check.
+_SAMPLE = (
+    "The river rises in the hills, runs past three towns and a mill, and meets the sea in a wide delta. "
+    "In spring it carries more water than the old bridge was built for; last year, 14 houses were flooded."
+)
+
 
 @dataclass(eq=False, slots=True)
 class _Live:
@@ -84,8 +90,8 @@ class Engine:
         """An engine over a Hugging Face decoder folder; `Unsupported` if it would not compute what the model does.
         Progress goes to `logging`."""
         config = config or EngineConfig()
-        model = PagedModel.from_pretrained(str(path), config)
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        model = PagedModel.from_pretrained(str(path), config, tokenizer(_SAMPLE).input_ids)
         return cls(model, tokenizer, config)
 
     def start(self) -> None:

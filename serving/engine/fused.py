@@ -67,7 +67,7 @@ class FusedAttention(nn.Module):
         turn = paged.once(sin, _signed)
         qk = torch.addcmul(qk * cos[0, :, None], qk.roll(self.head_dim // 2, -1), turn[0, :, None])
         heads = qk.transpose(0, 1)[None]
-        out, _ = paged_attention(
+        out = paged_attention(
             self.inner,
             heads[:, : self.heads],
             heads[:, self.heads :],
@@ -75,7 +75,7 @@ class FusedAttention(nn.Module):
             None,
             *self.options,
             paged=paged,
-        )
+        )[0]
         return self.inner.o_proj(out.flatten(2)), None
 
 

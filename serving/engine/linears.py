@@ -48,11 +48,10 @@ class LoraSite(nn.Module):
         self.runtime = runtime
 
     def forward(self, x: Tensor) -> Tensor:
-        """[1, rows, in] -> [1, rows, out], computed in the linear's own dtype."""
-        rows = x[0].to(self.linear.dtype)  # once, for the adapters too
-        out = self.linear(rows)
-        lora_delta(rows, self.pool, self.runtime.segments, out)
-        return torch.as_tensor(out.to(x.dtype)[None])
+        """[1, rows, in] -> [1, rows, out]."""
+        out = self.linear(x[0]).to(x.dtype)
+        lora_delta(x[0], self.pool, self.runtime.segments, out)
+        return torch.as_tensor(out)[None]
 
 
 class MergedPart(nn.Module):

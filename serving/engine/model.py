@@ -1,6 +1,7 @@
 """A Hugging Face decoder made to run packed steps: its own modules, paged attention, linears with LoRA beside them."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ logger = logging.getLogger(__name__)
 class PagedModel:
     """The decoder, its KV cache and its LoRA pools. `linears`: module path -> (in, out) of what adapters can change."""
 
-    def __init__(self, model: Any, config: EngineConfig) -> None:
+    def __init__(self, model: Any, config: EngineConfig, sample: Sequence[int] = ()) -> None:
+        """`sample`: tokens of an ordinary text, to check the model and to tune its head with."""
         self.device = torch.device(config.device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.hf = model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
@@ -33,11 +35,13 @@ class PagedModel:
         self.max_positions = int(getattr(self.config, "max_position_embeddings", None) or config.max_model_len)
         self.block_size = config.block_size
         self.eos = _eos_ids(self.hf)
+        length = min(3 * config.block_size, self.max_positions) - 1
+        self._probe_tokens = torch.tensor([*sample, *range(3, length + 3)][:length], device=self.device)
         self.runtime = Runtime(self.device)
         self.linears: dict[str, tuple[int, int]] = {}
         self.sites: dict[tuple[str, ...], LoraPool] = {}
         with torch.inference_mode():
-            sample, wanted = self._reference()
+            hidden, wanted = self._reference()
         self.mode = self._pack(config)
         # In reduced precision keys and values come from reduced products: the cache need not be wider.
         cache_dtype = torch.bfloat16 if self.mode == "bf16" else self.dtype
@@ -45,9 +49,9 @@ class PagedModel:
         self.screen: ScreenedHead | None = None
         with torch.inference_mode():
             norms = fuse_norms(self.hf)
-            layers = fuse_attention(self.hf, lambda: self._probe(0, self._probe_length), self.cache.dtype)
-            if sample is not None and not config.batch_invariant and self.mode != "fp32":
-                self.screen = screened_head(self.head_weight, sample, self.head, config.max_batch)
+            layers = fuse_attention(self.hf, lambda: self._probe(0, len(self._probe_tokens)), self.cache.dtype)
+            if hidden is not None and not config.batch_invariant and self.mode != "fp32":
+                self.screen = screened_head(self.head_weight, hidden, self.head, config.max_batch)
             self._check(wanted)
         logger.info(
             "Fused %d norms and %d attention modules; greedy tokens %s",
@@ -57,13 +61,13 @@ class PagedModel:
         )
 
     @classmethod
-    def from_pretrained(cls, path: str, config: EngineConfig) -> "PagedModel":
+    def from_pretrained(cls, path: str, config: EngineConfig, sample: Sequence[int] = ()) -> "PagedModel":
         """Load a model folder (safetensors only: nothing in it is executed)."""
         logger.info("Loading the base model from %s", path)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False
         )
-        return cls(model, config)
+        return cls(model, config, sample)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, positions: Tensor, context: StepContext, segments: Segments, keep: Tensor) -> Scores:
@@ -80,7 +84,7 @@ class PagedModel:
 
     def _check(self, wanted: Tensor) -> None:
         """Two chunks and a decode must come to the logits `wanted`, or `Unsupported` is raised."""
-        length = self._probe_length
+        length = len(self._probe_tokens)
         for begin, end in ((0, length // 2), (length // 2, length - 1), (length - 1, length)):
             scores = self._probe(begin, end)
         self.cache.zero(list(range(-(-length // self.block_size))))
@@ -116,7 +120,7 @@ class PagedModel:
                 members[0].in_features,
                 sum(widths),
                 config.max_rank,
-                torch.bfloat16 if mode == "bf16" else self.dtype,
+                self.dtype,
                 self.device,
                 parts=widths,
             )
@@ -130,20 +134,13 @@ class PagedModel:
         """What the untouched model makes of the probe: the last hidden states [n, width], if its scores are no more
         than their product with the head, and the logits [vocab] of its last token."""
         self.hf.set_attn_implementation("eager")
-        tokens = self._probe_tokens()[None]
+        tokens = self._probe_tokens[None]
         hidden = self.hf.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
         logits = self.hf(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1].float()
         self.hf.set_attn_implementation(attention.NAME)
         head = self.hf.get_output_embeddings()
-        plain = head.bias is None and torch.allclose(hidden[-1] @ head.weight.T, logits, rtol=1e-3, atol=1e-3)
+        plain = head.bias is None and torch.allclose((hidden[-1] @ head.weight.T).float(), logits, rtol=1e-3, atol=1e-3)
         return hidden if plain else None, logits
-
-    @property
-    def _probe_length(self) -> int:
-        return min(3 * self.block_size, self.max_positions) - 1
-
-    def _probe_tokens(self) -> Tensor:
-        return torch.arange(self._probe_length, device=self.device) * 7919 % self.vocab_size
 
     def _probe(self, begin: int, end: int) -> Scores:
         """Scores of positions `begin` to `end` of the probe, whose blocks are the first of the cache."""
@@ -158,7 +155,7 @@ class PagedModel:
             [] if decodes else [Chunk(0, end - begin, begin, at)],
         )
         keep = torch.tensor([end - begin - 1], device=self.device)
-        return self.step(self._probe_tokens()[begin:end], at[begin:], context, Segments.build([], self.device), keep)
+        return self.step(self._probe_tokens[begin:end], at[begin:], context, Segments.build([], self.device), keep)
 
 
 def _eos_ids(model: Any) -> frozenset[int]:

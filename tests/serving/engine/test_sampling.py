@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from riverdelta.core.errors import BadInput
 from riverdelta.serving.engine import SamplingParams
-from riverdelta.serving.engine.head import FullScores, argmax
+from riverdelta.serving.engine.head import FullScores, ScreenedHead, argmax
 from riverdelta.serving.engine.sampling import RowSampler, choose, uniform
 
 LOGITS = torch.randn(1500, generator=torch.Generator().manual_seed(3)) * 3
@@ -110,3 +110,23 @@ def test_penalties_bias_and_logprobs():
 def test_bad_parameters_are_named(bad):
     with pytest.raises(BadInput, match=next(iter(bad))):
         SamplingParams(**bad).check(9)
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 products are exact with VNNI only")
+@pytest.mark.parametrize("spread", [0.0, 1.5])
+def test_the_screened_head_finds_the_exact_argmax(spread):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(4096, 96, generator=generator)
+    weight[777] = weight[123]  # a tie: the first wins
+    hidden = torch.randn(64, 96, generator=generator) * torch.exp(spread * torch.randn(96, generator=generator))
+    hidden[:8] = weight[123] * 2 + hidden[:8] * 0.1
+    screen = ScreenedHead(weight, hidden[::2])
+    exact = (hidden.double() @ weight.double().T).argmax(1)
+    assert exact[:8].tolist() == [123] * 8
+    assert torch.equal(screen.greedy(hidden), exact)
+    assert torch.equal(screen.greedy(hidden[5:6]), exact[5:6])
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 products are exact with VNNI only")
+def test_the_screen_gives_up_where_all_tokens_are_alike():
+    assert ScreenedHead(torch.ones(4096, 32), torch.ones(4, 32)).greedy(torch.ones(3, 32)) is None
