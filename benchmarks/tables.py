@@ -1,0 +1,91 @@
+"""Tables from the kept results: `python -m benchmarks.tables` writes them into the documents that name them.
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = (Path(__file__).parent.parent / "docs" / "kernels.md",)
+
+
+def lora_kernels() -> str:
+    """32 rows: ours, the best peer and the floor."""
+    report = _load("lora_kernels")
+    rows = []
+    for cell in report["cells"]:
+        if cell["rows"] == 32 and cell["adapters"] in (1, 8, 32):
+            rivals = {n: cell[f"{n}_us"] for n in ("vllm", "sglang_csgmv", "sglang_v2") if f"{n}_us" in cell}
+            best = min(rivals, key=rivals.__getitem__)
+            rows.append(
+                [
+                    f"{cell['site']}, r {cell['rank']}",
+                    cell["adapters"],
+                    f"{cell['bytes'] / 1e6:.1f}",
+                    f"{cell['floor_us']:.1f}",
+                    f"**{cell['ours_us']:.1f}**",
+                    f"{rivals[best]:.1f} ({best})",
+                    f"{cell['x_best_peer']:.2f}",
+                    f"{cell['of_floor']:.0%}",
+                ]
+            )
+    heads = ["site", "adapters", "MB", "floor µs", "ours µs", "best peer µs", "× best peer", "of floor's rate"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["peers"].items())
+    return f"{_where(report)}; {versions}. `{report['command']}`\n\n" + _table(heads, rows)
+
+
+def decode_step() -> str:
+    """The whole step."""
+    report = _load("decode_step")
+    ours, peft = report["ours"], report["peft_ms"]
+    rows = [
+        [
+            n,
+            f"**{ms:.2f}**",
+            f"{ours['tokens_per_s'][n]:.0f}",
+            f"{ours['of_base'][n]:.2f}" if n in ours["of_base"] else "1",
+            f"{peft[n]:.0f}",
+            f"{peft[n] / ms:.0f}",
+        ]
+        for n, ms in ours["ms"].items()
+    ]
+    heads = ["adapters", "ours ms", "tokens/s", "of own base", "transformers + peft ms", "× ours"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"{_where(report)}; {versions}. `{report['command']}`\n\n" + _table(heads, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"lora_kernels": lora_kernels, "decode_step": decode_step}
+
+
+def fill(text: str) -> str:
+    """The document with every table that it names."""
+
+    def table(found: re.Match[str]) -> str:
+        return f"<!-- {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->"
+
+    return re.sub(rf"<!-- ({'|'.join(TABLES)}) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def _load(name: str) -> dict[str, Any]:
+    return dict(json.loads((RESULTS / f"{name}.json").read_text()))
+
+
+def _where(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    return f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, {report['date']}"
+
+
+def _table(heads: list[str], rows: Iterable[list[Any]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(fill(document.read_text()))
