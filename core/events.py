@@ -15,6 +15,7 @@ from .names import check_adapter
 
 Text = Annotated[str, Meta(max_length=100_000)]
 Ident = Annotated[str, Meta(max_length=256)]
+Response = Annotated[str, Meta(min_length=1, max_length=256)]
 Subjects = Ident | Annotated[list[Ident], Meta(max_length=16)]
 
 MAX_EVENT_BYTES = 512 * 1024
@@ -55,7 +56,7 @@ class Example(_Named, frozen=True, tag="example"):
 class Interaction(_Named, frozen=True, tag="interaction"):
     """An answer that a server gave: the prompt, what was generated, and the digest of the weights that wrote it."""
 
-    response: Ident
+    response: Response
     digest: Annotated[str, Meta(max_length=64)]
     completion: Text
     prompt: Text | UnsetType = UNSET
@@ -65,7 +66,7 @@ class Interaction(_Named, frozen=True, tag="interaction"):
 class Feedback(_Named, frozen=True, tag="feedback"):
     """What somebody thought of an answer: a `rating` from -1 to 1, or a `correction` to learn instead."""
 
-    response: Ident
+    response: Response
     rating: Annotated[float, Meta(ge=-1, le=1)] | UnsetType = UNSET
     correction: Text | UnsetType = UNSET
 
@@ -90,7 +91,9 @@ class Event(Struct, frozen=True):
         return self.record.adapter
 
 
-class _Envelope(Struct, frozen=True, kw_only=True):
+class Envelope(Struct, frozen=True, kw_only=True):
+    """A CloudEvents 1.0 event in structured mode."""
+
     specversion: Literal["1.0"]
     id: Annotated[str, Meta(min_length=1, max_length=256)]
     source: Annotated[str, Meta(min_length=1, max_length=256)]
@@ -103,9 +106,9 @@ class _Envelope(Struct, frozen=True, kw_only=True):
 # One reader for the common case: plain records carry "type" as a tag, an example need not.
 _plain: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 _example = msgspec.json.Decoder(Example)
-_envelope = msgspec.json.Decoder(_Envelope)
+_envelope = msgspec.json.Decoder(Envelope)
 _peek = msgspec.json.Decoder(dict[str, Any])
-_TYPES = {f"riverdelta.{kind}.v1": kind for kind in ("example", "interaction", "feedback")}
+CLOUD_TYPES = {f"riverdelta.{kind}.v1": kind for kind in ("example", "interaction", "feedback")}
 
 
 def decode(value: bytes | None, headers: Sequence[tuple[str, bytes | None]] = ()) -> Event:
@@ -123,7 +126,7 @@ def decode(value: bytes | None, headers: Sequence[tuple[str, bytes | None]] = ()
         if headers and any(key == "ce_specversion" for key, _ in headers):
             record = _binary(value, headers)
         elif b'"specversion"' in value and "specversion" in (peeked := _peek.decode(value)):
-            record = _structured(msgspec.convert(peeked, _Envelope))
+            record = _structured(msgspec.convert(peeked, Envelope))
         elif b'"type"' in value:
             record = _tagged(value)
         else:
@@ -180,7 +183,7 @@ def _check_example(record: Example) -> None:
         raise ContractError("invalid", "The messages hold no assistant turn to learn.")
 
 
-def _structured(envelope: _Envelope) -> Record:
+def _structured(envelope: Envelope) -> Record:
     return _from_attributes(envelope.type, envelope.data, envelope.id, envelope.source, envelope.subject, envelope.time)
 
 
@@ -195,12 +198,12 @@ def _binary(value: bytes, headers: Iterable[tuple[str, bytes | None]]) -> Record
 def _from_attributes(
     type_: str, data: dict[str, Any], id_: str, source: str, subject: str | None, time: str | None
 ) -> Record:
-    if type_ not in _TYPES:
-        raise ContractError("type", f"Unknown CloudEvents type {type_[:80]!r}; known are {', '.join(_TYPES)}.")
+    if type_ not in CLOUD_TYPES:
+        raise ContractError("type", f"Unknown CloudEvents type {type_[:80]!r}; known are {', '.join(CLOUD_TYPES)}.")
     merged = {
         "subject": subject or "",
         **data,
-        "type": _TYPES[type_],
+        "type": CLOUD_TYPES[type_],
         "id": id_,
         "source": source,
         "time": time or "",

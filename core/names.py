@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .errors import BadInput
 
 BASE = "base"
-_ADAPTER = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+ADAPTER = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 def check_adapter(name: str) -> str:
@@ -18,7 +18,7 @@ def check_adapter(name: str) -> str:
     Traceback (most recent call last):
     riverdelta.core.errors.BadInput: 'Acme' cannot name an adapter. Use 1 to 63 of a-z, 0-9 and '-', not '-' first.
     """
-    if not isinstance(name, str) or not _ADAPTER.fullmatch(name):
+    if not isinstance(name, str) or not ADAPTER.fullmatch(name):
         raise BadInput(f"{str(name)[:80]!r} cannot name an adapter.", "Use 1 to 63 of a-z, 0-9 and '-', not '-' first.")
     if name == BASE:
         raise BadInput("'base' names the base model.", "Choose another name for the adapter.")

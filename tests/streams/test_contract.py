@@ -1,0 +1,76 @@
+"""The contract of the events topic: whatever bytes come, an event or a reason; and the generated page."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from riverdelta.core.events import MAX_EVENT_BYTES, ContractError, content_of, decode
+from riverdelta.core.keys import SubjectKey
+from riverdelta.streams import asyncapi
+from riverdelta.streams.intake import Intake, Read
+
+INTAKE = Intake(SubjectKey(bytes(32)), 4)
+words = st.text(max_size=12)
+loose = st.dictionaries(
+    st.sampled_from(["type", "adapter", "subject", "id", "text", "prompt", "completion", "messages", "rating",
+                     "response", "correction", "specversion", "data", "source", "digest"]),
+    st.one_of(words, st.integers(), st.none(), st.lists(words, max_size=3),
+              st.sampled_from(["example", "feedback", "interaction", "acme", "1.0", "riverdelta.example.v1"])),
+)  # fmt: skip
+
+
+@given(st.one_of(st.binary(max_size=200), loose.map(msgspec.json.encode)), st.lists(st.tuples(words, st.binary())))
+def test_any_bytes_are_an_event_or_a_dead_letter(value: bytes, headers: list[tuple[str, bytes]]) -> None:
+    read = Read((0, 1), "run", [(0, 7, 0, None, value, tuple(headers))], {("run", 0): 8})
+    parcels = [parcel for _, parcel in INTAKE.sort(read)]
+    assert sum(len(parcel.items) + len(parcel.dead) for parcel in parcels) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (b"", "empty"),
+        (b"junk", "malformed"),
+        (b'{"adapter":"acme","text":"\xff"}', "malformed"),
+        (b"[" * 100_000, "invalid"),
+        (b" " * (MAX_EVENT_BYTES + 1), "too_large"),
+        (b'{"adapter":"acme"}', "invalid"),
+        (b'{"adapter":"acme","text":" "}', "invalid"),
+        (b'{"adapter":"acme","text":"a","prompt":"b","completion":"c"}', "invalid"),
+        (b'{"adapter":"Acme","text":"a"}', "adapter"),
+        (b'{"adapter":"base","text":"a"}', "adapter"),
+        (b'{"type":"feedback","adapter":"acme","response":"r"}', "invalid"),
+        (b'{"type":"feedback","adapter":"acme","response":"r","rating":2}', "invalid"),
+        (b'{"type":"feedback","adapter":"acme","response":"r","correction":" "}', "invalid"),
+        (b'{"type":"interaction","adapter":"acme","response":"r","digest":"d","completion":"c"}', "invalid"),
+        (b'{"specversion":"1.0","id":"1","source":"s","type":"other","data":{"adapter":"acme","text":"a"}}', "type"),
+    ],
+)
+def test_what_is_no_event_has_a_reason(value: bytes, reason: str) -> None:
+    with pytest.raises(ContractError) as caught:
+        decode(value)
+    assert caught.value.reason == reason
+
+
+def test_cloudevents_in_both_modes_are_the_plain_event() -> None:
+    plain = decode(b'{"adapter":"acme","subject":"ann","id":"7","source":"crm","prompt":"Q","completion":"A"}')
+    data = {"adapter": "acme", "prompt": "Q", "completion": "A"}
+    envelope: dict[str, Any] = {"specversion": "1.0", "id": "7", "source": "crm", "subject": "ann"}
+    structured = msgspec.json.encode({**envelope, "type": "riverdelta.example.v1", "data": data})
+    headers = [(f"ce_{name}", value.encode()) for name, value in {**envelope, "type": "riverdelta.example.v1"}.items()]
+    assert decode(structured) == decode(msgspec.json.encode(data), headers) == plain
+
+
+def test_an_entry_says_nothing_of_who_it_is_about() -> None:
+    event = decode(b'{"adapter":"acme","subject":["ann","bo"],"id":"7","source":"crm","time":"now","text":"hi"}')
+    assert event.subjects == ("ann", "bo")
+    assert content_of(event.record) == b'{"type":"example","text":"hi"}'
+
+
+def test_the_page_is_what_the_types_say() -> None:
+    committed = Path(__file__).parents[2] / "docs" / "asyncapi.yaml"
+    assert committed.read_text() == asyncapi.page(), "python -m riverdelta.streams.asyncapi docs/asyncapi.yaml"
