@@ -2,6 +2,7 @@
 
 from riverdelta.kernels.attention import paged_attention_decode
 from riverdelta.kernels.cpu_linear import PackedLinear, choose_backend
+from riverdelta.kernels.device import use_triton
 from riverdelta.kernels.lora import lora_delta
 from riverdelta.kernels.pool import LoraPool
 from riverdelta.kernels.segments import Segments
@@ -15,4 +16,5 @@ __all__ = [
     "grouped_lora",
     "lora_delta",
     "paged_attention_decode",
+    "use_triton",
 ]

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from riverdelta.core.errors import Unsupported
-from riverdelta.kernels import paged_attention_decode
+from riverdelta.kernels import paged_attention_decode, use_triton
 
 NAME = "riverdelta_paged"
 
@@ -163,7 +163,7 @@ def _decode(
     rows: Tensor, k_cache: Tensor, v_cache: Tensor, paged: StepContext, scale: float, window: int | None
 ) -> Tensor:
     """Attention of one new token a sequence: `rows` and the result are [decodes, heads, dim]."""
-    if rows.is_cuda:
+    if use_triton(rows):
         args = (k_cache, v_cache, paged.tables, paged.lengths, scale, window)
         return paged_attention_decode(rows.contiguous(), *args)
     tables, bias = paged.window(window)
