@@ -46,6 +46,11 @@ class SubjectKey:
         """A subject's keyed hash, 64 hex digits: the only form in which a subject is stored."""
         return hmac.new(self._secret, b"subject\0" + name.encode(), hashlib.sha256).hexdigest()
 
+    def content(self, data: bytes) -> str:
+        """A commitment to an entry's content, 64 hex digits: it tells nothing without the key, and the content opens
+        it."""
+        return hmac.new(self._secret, b"content\0" + data, hashlib.sha256).hexdigest()
+
     def event(self, source: str, event_id: str) -> bytes:
         """A producer's event id, 20 bytes: 12 of the id and 8 of the source."""
         identity = hmac.new(self._secret, b"id\0" + event_id.encode(), hashlib.sha256).digest()[:12]

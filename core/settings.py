@@ -106,14 +106,18 @@ class Streams(_Part):
     dedupe_window: int = Field(
         10_000, ge=0, description="admitted events per adapter in which a producer's duplicate is recognised"
     )
-    recipe: str = Field("", description="recipe file of the adapters that events create; empty means the default recipe")
+    recipe: str = Field(
+        "", description="recipe file of the adapters that events create; empty means the default recipe"
+    )
     join_limit: int = Field(
         10_000, ge=1, description="interactions, and feedback, of an adapter that wait for each other at most"
     )
     join_seconds: float = Field(3600.0, gt=0, description="how long they wait; a restart reads Kafka again that far")
     buckets: int = Field(64, ge=1, description="owners that adapters are spread over; fixed for a ledger's life")
     workers: int = Field(1, ge=1, description="processes of the dataflow")
-    metrics_port: int = Field(0, ge=0, description="loopback port for Prometheus, one more per further worker; 0 is off")
+    metrics_port: int = Field(
+        0, ge=0, description="loopback port for Prometheus, one more per further worker; 0 is off"
+    )
 
 
 class Trainer(_Part):

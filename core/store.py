@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,15 @@ class ObjectStore:
             self._call("delete", key, lambda obs: obs.delete(self._store, key))
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """The keys that begin with `prefix`, sorted."""
-        import obstore
+        """The keys below a folder, sorted."""
+        yield from sorted(self.written(prefix))
 
-        yield from sorted(meta["path"] for batch in obstore.list(self._store, prefix) for meta in batch)
+    def written(self, prefix: str) -> dict[str, datetime]:
+        """The keys below a folder, each with the time of its last writing, on the store's clock."""
+        found: list[Any] = self._call(
+            "list", prefix, lambda obs: [meta for batch in obs.list(self._store, prefix) for meta in batch]
+        )
+        return {meta["path"]: meta["last_modified"] for meta in found}
 
     def _call(self, verb: str, key: str, action: Any) -> Any:
         import obstore

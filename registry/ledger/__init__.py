@@ -1,5 +1,6 @@
 """The ledger: the one ordered history of facts about each adapter, and the source of truth."""
 
+from .decisions import Line, Mode
 from .leases import Fence
 from .ledger import Increment, Ledger, Seal, Work
 from .records import (
@@ -25,8 +26,10 @@ __all__ = [
     "Increment",
     "Lease",
     "Ledger",
+    "Line",
     "Manifest",
     "ManifestEntry",
+    "Mode",
     "Outcome",
     "Seal",
     "SegmentRecord",

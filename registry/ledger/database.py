@@ -108,13 +108,13 @@ class Database:
         """Close every connection."""
         self._engine.dispose()
 
-    def vacuum(self) -> None:
-        """Overwrite what deletion left behind in free pages and in the write-ahead log (SQLite only)."""
+    def scrub(self) -> None:
+        """Let nothing that was deleted outlive it in the write-ahead log (SQLite only; `secure_delete` overwrites it in
+        the database itself)."""
         if self.sqlite:
             with _told(self.url), self._engine.connect() as connection:
                 raw: Any = connection.connection.driver_connection
                 connection.rollback()
-                raw.execute("VACUUM")
                 raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from riverdelta.core.errors import BadInput, Conflict, NotFound
+from riverdelta.core.store import state_key, weights_key
 from riverdelta.core.telemetry import now
 
 from . import decisions
@@ -37,12 +38,19 @@ class Forgetting(Leases):
     """Forget procedures and suppression lists. Subjects are given as keyed hashes."""
 
     def forget(
-        self, request: str, subject: str, adapters: Sequence[str] | None, actor: str, reason: str = ""
+        self,
+        request: str,
+        subject: str,
+        adapters: Sequence[str] | None,
+        actor: str,
+        reason: str = "",
+        asked: Mapping[str, Any] | None = None,
     ) -> Forget:
         """The fence: suppress, raise epochs, revoke, move releases, all in one transaction.
 
         `adapters` None means every adapter, those to come included. An adapter that is not named is drawn in where it
-        learned from text that a version revoked here wrote. A request id seen before changes nothing and gives the
+        learned from text that a version revoked here wrote. `asked` says where a message that asked for it lies (topic,
+        incarnation, partition, offset). A request id seen before changes nothing and gives the
         procedure as it stands.
         """
         if not request or len(request) > 128:
@@ -84,7 +92,7 @@ class Forgetting(Leases):
                 at,
                 actor,
                 reason,
-                {"doomed": doomed},
+                {"doomed": doomed, **({"asked": dict(asked)} if asked else {})},
             )
             c.execute(t.forgets.insert().values(asdict(forget)))
         return forget
@@ -279,6 +287,16 @@ class Forgetting(Leases):
         with self.db.read() as c:
             rows = c.execute(sa.select(v.digest, v.state).where(v.revoked.is_(False)))
             return frozenset(digest for row in rows for digest in row if digest)
+
+    def named_objects(self) -> frozenset[str]:
+        """The store's keys that a segment or a version not yet purged names."""
+        v = t.versions.c
+        with self.db.read() as c:
+            payloads = set(c.execute(sa.select(t.segments.c.payload)).scalars())
+            rows = list(c.execute(sa.select(v.digest, v.state).where(v.purged.is_(False))))
+        return frozenset(
+            payloads | {weights_key(row.digest) for row in rows} | {state_key(row.state) for row in rows if row.state}
+        )
 
     def revoked_digests(self) -> frozenset[str]:
         """Weights digests that only revoked versions have: text that they wrote must not be learned."""

@@ -1,0 +1,156 @@
+"""The control topic: forget and allow by message, for those whom the cluster lets write there.
+
+Messages are JSON: {"id", "action": "forget" | "allow", "subject", "adapter" or "all_adapters": true, "reason"}. An id
+acts once. An offset is recorded once its act is durable, so that a crash repeats a message and never skips one.
+"""
+
+import contextlib
+import logging
+import threading
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from riverdelta.core.errors import BadInput, RiverdeltaError, Unavailable
+from riverdelta.core.keys import SubjectKey
+from riverdelta.core.settings import Settings
+
+from . import operations
+from .ledger import Ledger
+from .wakeups import Wakeups
+
+log = logging.getLogger(__name__)
+_RETRY_SECONDS = 2.0
+_BUCKET = -1  # of the ledger's reading positions: the dataflow's buckets count from 0
+_MAX_BYTES = 64 * 1024
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
+    """One request."""
+
+    id: Annotated[str, Meta(min_length=1, max_length=128)]
+    action: Literal["forget", "allow"]
+    subject: Annotated[str, Meta(min_length=1, max_length=256)]
+    adapter: str = ""
+    all_adapters: bool = False
+    reason: Annotated[str, Meta(max_length=1000)] = ""
+
+    @classmethod
+    def read(cls, value: bytes | None) -> "Message":
+        """The request in a record's value; `BadInput` says what is wrong with it, without quoting it.
+
+        >>> Message.read(b'{"id": "1", "action": "forget", "subject": "ann", "adapter": "acme"}').adapter
+        'acme'
+        """
+        if not value or len(value) > _MAX_BYTES:
+            raise BadInput(f"A request has 1 to {_MAX_BYTES} bytes.", "See docs/forgetting.md.")
+        try:
+            message = msgspec.json.decode(value, type=cls)
+        except msgspec.ValidationError as error:
+            raise BadInput(f"The request does not fit: {error}.", "See docs/forgetting.md.") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadInput("The request is not JSON.", "See docs/forgetting.md.") from error
+        if bool(message.adapter) == message.all_adapters:
+            raise BadInput("A request names an adapter or all_adapters, one of them.", "See docs/forgetting.md.")
+        return message
+
+
+class Control:
+    """Reads the control topic and acts, until told to stop."""
+
+    def __init__(self, ledger: Ledger, settings: Settings, wakeups: Wakeups, stop: threading.Event) -> None:
+        self._ledger = ledger
+        self._settings = settings
+        self._wakeups = wakeups
+        self._stop = stop
+        self._topic = settings.topics.control
+
+    def run(self) -> None:
+        """Follow the topic. What cannot be done now (broker or ledger away) is tried again, in order."""
+        from kafka.errors import KafkaError
+
+        told = False
+        while not self._stop.is_set():
+            try:
+                self._follow()
+                told = False
+            except (KafkaError, OSError, Unavailable) as error:
+                log.log(logging.DEBUG if told else logging.WARNING, "not hearing %s: %s", self._topic, error)
+                told = True
+            except Exception:  # a bug must not leave requests to forget unheard for good
+                log.exception("following %s failed; beginning again", self._topic)
+            self._stop.wait(_RETRY_SECONDS)
+
+    def _follow(self) -> None:
+        from kafka import KafkaConsumer, TopicPartition
+
+        incarnation, partitions = self._look()
+        if not partitions:
+            return
+        held = self._ledger.positions(incarnation)
+        options = {**self._settings.kafka.for_kafka_python(), "enable_auto_commit": False}
+        with contextlib.closing(KafkaConsumer(**options, auto_offset_reset="earliest")) as consumer:
+            assigned = [TopicPartition(self._topic, number) for number in partitions]
+            consumer.assign(assigned)
+            for place in assigned:
+                consumer.seek(place, held.get((place.partition, _BUCKET), 0))
+            polls = 0
+            while not self._stop.is_set():
+                records = consumer.poll(timeout_ms=500)
+                for place, batch in records.items():
+                    for record in batch:
+                        self._act(record, incarnation)
+                        self._ledger.move_positions({(incarnation, place.partition, _BUCKET): record.offset + 1})
+                polls += 1
+                if not records and polls % 10 == 0 and self._look() != (incarnation, partitions):
+                    return  # the topic was made again, or has grown
+
+    def _look(self) -> tuple[str, list[int]]:
+        """The topic's incarnation and partitions; none when it does not exist."""
+        from kafka import KafkaAdminClient
+
+        with contextlib.closing(KafkaAdminClient(**self._settings.kafka.for_kafka_python())) as admin:
+            [topic] = admin.describe_topics([self._topic])
+        numbers = sorted(part["partition_index"] for part in topic["partitions"])
+        return f"{topic['topic_id']}", [] if topic["error_code"] else numbers
+
+    def _act(self, record: Any, incarnation: str) -> None:
+        """Carry out one record; what can never be carried out is logged and passed over."""
+        where = {"topic": record.topic, "incarnation": incarnation, "partition": record.partition}
+        where["offset"] = record.offset
+        try:
+            message = Message.read(record.value)
+            # An id that names the subject would keep it: such a request acts once too, under a hash of its id.
+            request = message.id
+            if message.subject.lower() in request.lower():
+                request = SubjectKey.open(self._settings.keys_dir).content(request.encode())
+            adapters = None if message.all_adapters else [message.adapter]
+            if message.action == "forget":
+                operations.fence(
+                    self._ledger,
+                    self._settings,
+                    message.subject,
+                    adapters,
+                    actor="control",
+                    reason=message.reason,
+                    request=request,
+                    asked=where,
+                    wakeups=self._wakeups,
+                )
+            else:
+                operations.allow(
+                    self._ledger,
+                    self._settings,
+                    message.subject,
+                    adapters,
+                    actor="control",
+                    reason=message.reason,
+                    request=request,
+                    wakeups=self._wakeups,
+                )
+            log.info("%s by message", message.action, extra={"request": request, **where})
+        except Unavailable:
+            raise
+        except RiverdeltaError as error:
+            log.error("control message passed over: %s", error, extra=where)

@@ -1,0 +1,106 @@
+"""What a forget's manifest says: digests of what was erased, revoked and put in its place, and what is left."""
+
+from collections import defaultdict
+from datetime import datetime, timedelta
+from typing import Any
+
+from riverdelta.core.settings import Settings
+from riverdelta.core.telemetry import now
+
+from .ledger import Fact, Forget, Ledger, Line
+
+# Acts of operators shape what is learned, and are kept when what was learned is replayed.
+_ACTS = ("rollback", "resume", "allow")
+
+
+def kafka_still_holds(erased: list[dict[str, Any]], forget: Forget, settings: Settings) -> list[dict[str, Any]]:
+    """Where Kafka may hold what was erased, and until when: topic, incarnation, partition, offsets.
+
+    `removable_at` is when retention may remove the last of it; Kafka does so with the whole of a log file, once that is
+    closed. A control message that asked for the forget holds the subject's plain name.
+    """
+    topics = settings.topics
+    kept = timedelta(hours=topics.retention_hours)
+    places: dict[tuple[str, int], list[int]] = defaultdict(list)
+    last: dict[tuple[str, int], str] = defaultdict(str)
+    for entry in erased:
+        place = (entry["incarnation"], entry["partition"])
+        places[place].append(entry["offset"])
+        last[place] = max(last[place], entry["sealed_at"])
+    held = [
+        {
+            "topic": topics.events,
+            "incarnation": incarnation,
+            "partition": partition,
+            "offsets": sorted(offsets),
+            "removable_at": _later(last[incarnation, partition], kept),
+        }
+        for (incarnation, partition), offsets in sorted(places.items())
+    ]
+    held.append(
+        {
+            "topic": topics.dead_letters,
+            "offsets": None,  # records that were not events are not read again: whose they are is not known
+            "removable_at": _later(forget.at, kept),
+        }
+    )
+    if asked := forget.body.get("asked"):
+        told = {key: value for key, value in asked.items() if key != "offset"}
+        held.append({**told, "offsets": [asked["offset"]], "removable_at": _later(forget.at, kept)})
+    return held
+
+
+def _later(at: str, by: timedelta) -> str:
+    return (datetime.fromisoformat(at) + by).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def finish(
+    draft: dict[str, Any], ledger: Ledger, forget: Forget, left_in_mlflow: dict[str, list[str]]
+) -> dict[str, Any]:
+    """The draft with what the purge led to."""
+    adapters = []
+    for part in forget.body["doomed"]:
+        name = part["adapter"]
+        head, versions = ledger.adapter(name), ledger.versions(name)
+        adapters.append(
+            {
+                "adapter": name,
+                "revoked": [
+                    {"version": number, "digest": versions[number].digest, "state": versions[number].state}
+                    for number in part["versions"]
+                ],
+                "clean_parent": part["clean"],
+                "rebuilt": [
+                    {"segment": number, "version": version, "digest": versions[version].digest}
+                    for number, version in Line.of(versions, head.tip).trained.items()
+                    if number in part["rebuild"]
+                ],
+                "tip": {"version": head.tip, "digest": versions[head.tip].digest if head.tip else ""},
+                "residual": _residual(ledger.facts(name)),
+            }
+        )
+    payloads = [
+        {
+            "adapter": item["adapter"],
+            "segment": item["segment"],
+            "sha256": ledger.segment(item["adapter"], item["segment"]).payload_sha,
+        }
+        for item in draft["payloads"]
+    ]
+    return {
+        **draft,
+        "payloads": payloads,
+        "adapters": adapters,
+        "mlflow_gc_needed": left_in_mlflow,
+        "purged_at": now(),
+    }
+
+
+def _residual(facts: list[Fact]) -> dict[str, Any]:
+    """What of the past stays, forgotten or not: the segments' boundaries with their triggers, and operators' acts."""
+    return {
+        "boundaries": [
+            [fact.body["first"], fact.body["count"], fact.body["trigger"]] for fact in facts if fact.kind == "sealed"
+        ],
+        "acts": [{"seq": fact.seq, "kind": fact.kind, "at": fact.at} for fact in facts if fact.kind in _ACTS],
+    }

@@ -1,0 +1,41 @@
+"""Collect what nothing names: payloads and weights that a crash or a refused commit left in the object store."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from riverdelta.core.store import ObjectStore
+
+from .ledger import Ledger
+
+FOLDERS = ("segments/", "weights/", "states/")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Keys deleted, and keys that nothing names but that are too young to be sure of."""
+
+    deleted: list[str]
+    young: list[str]
+
+
+def unnamed(ledger: Ledger, store: ObjectStore) -> dict[str, datetime]:
+    """The objects that no segment and no unpurged version names, each with the time of its writing."""
+    written = {key: at for folder in FOLDERS for key, at in store.written(folder).items()}
+    named = ledger.named_objects()  # read after listing: what was committed meanwhile is named by now
+    return {key: at for key, at in written.items() if key not in named}
+
+
+def collect(ledger: Ledger, store: ObjectStore, grace: float, dry: bool = False) -> Collected:
+    """Delete what nothing names and is older than `grace` seconds.
+
+    What a segment or an unpurged version names is never touched: releases, rollback targets, pending forgets and
+    rebuilds need nothing else. The grace must exceed the time between writing an object and its transaction, a ledger
+    that is away meanwhile included.
+    """
+    limit = datetime.now(UTC).timestamp() - grace
+    found = unnamed(ledger, store)
+    deleted = sorted(key for key, at in found.items() if at.timestamp() <= limit)
+    if not dry:
+        for key in deleted:
+            store.delete(key)
+    return Collected(deleted, sorted(found.keys() - set(deleted)))

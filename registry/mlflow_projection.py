@@ -1,0 +1,203 @@
+"""The ledger as MLflow shows it: a registered model per adapter, a run and a model version per version, alias `live`.
+
+A projection: idempotent, never read back as truth, and repaired from the ledger. Tags carry the mapping, since MLflow
+numbers its versions by itself. What others keep in the same MLflow is left alone.
+"""
+
+import logging
+import tempfile
+import threading
+from collections.abc import Collection, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from riverdelta.core.digests import canonical_json
+from riverdelta.core.errors import Conflict, NotFound, Refused
+from riverdelta.core.store import ObjectStore, weights_key
+
+from .ledger import AdapterRecord, Ledger, VersionRecord
+from .mlflow_store import MlflowStore
+from .peft_io import write_peft_folder
+
+log = logging.getLogger(__name__)
+
+LIVE = "live"
+FOLDER = "adapter"
+_VERSION = "riverdelta.version"
+_DIGEST = "riverdelta.digest"
+_REVOKED = "riverdelta.revoked"
+
+
+class Projection:
+    """Keeps one MLflow in step with one ledger. Safe to call from several threads; one process at a time."""
+
+    def __init__(self, ledger: Ledger, store: ObjectStore, mlflow: MlflowStore) -> None:
+        self._ledger = ledger
+        self._store = store
+        self._mlflow = mlflow
+        self._one_at_a_time = threading.RLock()
+
+    def catch_up(self) -> list[str]:
+        """Project every adapter whose journal has moved on; their names."""
+        behind = []
+        for name, head in self._ledger.heads().items():
+            if self._ledger.projected(name)[0] < head:
+                self.project(name)
+                behind.append(name)
+        return behind
+
+    def repair(self) -> list[str]:
+        """Restore what is missing or wrong of any adapter; the names of the adapters that there are."""
+        names = sorted(self._ledger.heads())
+        for name in names:
+            self.project(name, whole=True)
+        return names
+
+    def project(self, adapter: str, whole: bool = False) -> None:
+        """Bring MLflow to the ledger's state of one adapter. With `whole`, what was projected before is looked at
+        again too."""
+        with self._one_at_a_time:
+            head = self._ledger.adapter(adapter)
+            versions = self._ledger.versions(adapter)
+            _, notes = self._ledger.projected(adapter)
+            shown: dict[str, Any] = {} if whole else dict(notes.get("versions", {}))
+            due = [v for v in versions.values() if shown.get(str(v.number)) != _mark(v)]
+            self._mlflow.ensure_model(adapter, _model_tags(head))
+            if due:
+                self._project_versions(head, due)
+            found = _by_number(self._mlflow.model_versions(adapter), versions)
+            live = found[head.release].version if head.release in found else ""
+            if self._mlflow.aliases(LIVE).get(adapter, "") != str(live):
+                self._mlflow.set_alias(adapter, LIVE, str(live))
+            body = {"versions": {str(v.number): _mark(v) for v in versions.values()}, "live": str(live)}
+            self._ledger.mark_projected(adapter, head.head, body)
+
+    def adopt(self) -> list[str]:
+        """Take an alias that somebody moved in MLflow as an operator's act, or put it back where the ledger refuses;
+        the adapters concerned."""
+        concerned = []
+        heads = self._ledger.heads()
+        with self._one_at_a_time:
+            for name, version in self._mlflow.aliases(LIVE).items():
+                if name not in heads:
+                    continue
+                seq, notes = self._ledger.projected(name)
+                # A journal that has moved on since decides by itself where the alias belongs.
+                if seq == heads[name] and version != notes.get("live", ""):
+                    self._adopt(name, version)
+                    concerned.append(name)
+        return concerned
+
+    def _adopt(self, adapter: str, version: str) -> None:
+        found = _by_number(self._mlflow.model_versions(adapter), self._ledger.versions(adapter))
+        number = next((n for n, held in found.items() if str(held.version) == version), None)
+        try:
+            if number is not None:
+                self._ledger.release(adapter, number, "mlflow", f"alias {LIVE} moved in MLflow")
+                log.info("adopted MLflow's alias", extra={"adapter": adapter, "version": number})
+        except (Conflict, NotFound, Refused) as error:
+            log.warning("put MLflow's alias back: %s", error.message, extra={"adapter": adapter})
+        self.project(adapter)
+
+    def erase(self, adapter: str, versions: Collection[int]) -> list[str]:
+        """Remove versions' rows and artifacts past MLflow's soft deletion; the ids of runs whose rows only the MLflow
+        server's own `mlflow gc` can remove."""
+        with self._one_at_a_time:
+            left = []
+            experiment = self._mlflow.ensure_experiment(adapter)
+            runs = self._mlflow.runs(experiment, _VERSION)
+            for held in self._mlflow.model_versions(adapter) if adapter in self._mlflow.aliases(LIVE) else ():
+                if held.tags.get(_VERSION) in map(str, versions):
+                    self._mlflow.delete_model_version(adapter, held.version, held.tags)
+            for number in versions:
+                if str(number) in runs and not self._mlflow.erase_run(runs[str(number)]):
+                    left.append(runs[str(number)].info.run_id)
+            return left
+
+    def scrub(self) -> None:
+        """Overwrite what erasing left in MLflow's own database, where that is ours to do."""
+        self._mlflow.vacuum()
+
+    # -- versions --------------------------------------------------------------------------------------------
+
+    def _project_versions(self, head: AdapterRecord, due: list[VersionRecord]) -> None:
+        experiment = self._mlflow.ensure_experiment(head.name)
+        runs = self._mlflow.runs(experiment, _VERSION)
+        listed = self._mlflow.model_versions(head.name)
+        for version in sorted(due, key=lambda version: version.number):
+            known = {held.tags.get(_VERSION): held for held in listed if held.tags.get(_DIGEST) == version.digest}
+            held = known.get(str(version.number))
+            run = runs.get(str(version.number))
+            if version.purged or (version.revoked and held is None):
+                continue  # nothing of it is shown any more, or ever was
+            run = self._project_run(head, version, experiment, run)
+            tags = _tags(version)
+            if held is None:
+                self._mlflow.create_model_version(head.name, run.info.run_id, FOLDER, tags)
+            else:
+                self._mlflow.tag_model_version(head.name, held.version, held.tags, tags)
+
+    def _project_run(self, head: AdapterRecord, version: VersionRecord, experiment: str, run: Any) -> Any:
+        at = int(datetime.fromisoformat(version.made_at).timestamp() * 1000)
+        if run is None:
+            run = self._mlflow.create_run(experiment, f"{head.name}@{version.number}", at, _tags(version))
+        self._mlflow.restore_run(run)
+        with tempfile.TemporaryDirectory() as folder:
+            data = self._store.get(weights_key(version.digest))
+            write_peft_folder(Path(folder), data, version.digest)
+            wanted = {path.name: path.stat().st_size for path in Path(folder).iterdir()}
+            there = self._mlflow.artifacts(run, FOLDER)
+            if any(there.get(name) != size for name, size in wanted.items()):
+                self._mlflow.log_folder(run, Path(folder), FOLDER)
+        self._mlflow.log(run, _flat(head.recipe), _curves(version.metrics), at)
+        self._mlflow.end_run(run, at)
+        return run
+
+
+def _mark(version: VersionRecord) -> str:
+    """What of a version's state MLflow shows, as a word."""
+    return "purged" if version.purged else "revoked" if version.revoked else "shown"
+
+
+def _by_number(listed: list[Any], versions: Mapping[int, VersionRecord]) -> dict[int, Any]:
+    """MLflow's versions by our number: those whose tags say so, and whose digest is that version's."""
+    found = {}
+    for held in sorted(listed, key=lambda held: int(held.version), reverse=True):
+        tag = held.tags.get(_VERSION, "")
+        number = int(tag) if tag.isascii() and tag.isdigit() else 0
+        if number in versions and held.tags.get(_DIGEST) == versions[number].digest:
+            found[number] = held
+    return found
+
+
+def _model_tags(head: AdapterRecord) -> dict[str, str]:
+    return {"riverdelta.recipe": head.recipe_digest, "riverdelta.created": head.created_at}
+
+
+def _tags(version: VersionRecord) -> dict[str, str]:
+    return {
+        _VERSION: str(version.number),
+        _DIGEST: version.digest,
+        _REVOKED: str(version.revoked).lower(),
+        "riverdelta.parent": str(version.parent),
+        "riverdelta.segment": "" if version.segment is None else str(version.segment),
+        "riverdelta.epoch": str(version.epoch),
+        "riverdelta.fingerprint": canonical_json(version.fingerprint).decode()[:5000],
+    }
+
+
+def _curves(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics under MLflow's names: `losses` is the curve `loss`."""
+    return {("loss" if key == "losses" else key): value for key, value in metrics.items()}
+
+
+def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe's fields as MLflow's parameters, e.g. `lora.rank`."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,183 @@
+"""Purge: remove what a forget wrote off, and leave a manifest of what was removed.
+
+Every step may be repeated, and the draft of the manifest is written before the first of them: a purge that was killed
+anywhere ends in the same state when it is run again.
+"""
+
+import json
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from riverdelta.core import payload
+from riverdelta.core.digests import canonical_json, sha256
+from riverdelta.core.errors import Conflict, Corrupt, NotFound
+from riverdelta.core.keys import SubjectKey
+from riverdelta.core.settings import Settings
+from riverdelta.core.store import ObjectStore, state_key, weights_key
+
+from . import gc
+from .evidence import finish, kafka_still_holds
+from .ledger import Forget, Ledger, Stage
+from .mlflow_projection import Projection
+
+log = logging.getLogger(__name__)
+# How long an object that nothing names is watched before it counts as left over: a writer whose ledger was away tries
+# again within seconds of its return.
+ORPHAN_SECONDS = 30.0
+
+
+def manifest_key(request: str) -> str:
+    """Where the manifest of a forget lies."""
+    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", request)
+    return f"forgets/{request if plain else sha256(request.encode())}.json"
+
+
+class Purge:
+    """One forget's purge, once its rebuild is done and dataflow and trainers have carried out its fence.
+
+    Keep the object from one attempt to the next, and make a new one when an attempt fails.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        store: ObjectStore,
+        projection: Projection,
+        settings: Settings,
+        orphan_seconds: float = ORPHAN_SECONDS,
+    ) -> None:
+        self._ledger = ledger
+        self._store = store
+        self._projection = projection
+        self._settings = settings
+        self._orphan_seconds = orphan_seconds
+        self._began = time.monotonic()
+        self._suspects = gc.unnamed(ledger, store)
+
+    def run(self, forget: Forget) -> bool:
+        """Purge, and say so in the ledger. False while something that may be left over of refused work cannot be told
+        from work in hand: come again."""
+        draft = self._draft(forget)
+        self._rewrite_payloads(draft)
+        self._delete_weights(forget)
+        left = {part["adapter"]: self._projection.erase(part["adapter"], part["versions"]) for part in _parts(forget)}
+        if not self._collect():
+            return False
+        for part in _parts(forget):
+            self._ledger.mark_purged(part["adapter"], part["versions"])
+        self._projection.scrub()
+        self._ledger.db.scrub()
+        manifest = finish(draft, self._ledger, forget, {name: runs for name, runs in left.items() if runs})
+        key = manifest_key(forget.id)
+        self._store.put(key, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
+        done = {"manifest": key, "manifest_sha": sha256(self._store.get(key)), "purged_at": manifest["purged_at"]}
+        self._ledger.advance(forget.id, Stage.PURGED, done, "keeper")
+        log.info("purged", extra={"request": forget.id, "entries": len(manifest["erased"]), "manifest": key})
+        return True
+
+    def _collect(self) -> bool:
+        """Delete what refused work and crashes left in the store before the fence was carried out."""
+        left = self._suspects.keys() & gc.unnamed(self._ledger, self._store).keys()
+        if left and time.monotonic() - self._began < self._orphan_seconds:
+            return False
+        for key in left:
+            self._store.delete(key)
+        return True
+
+    def _draft(self, forget: Forget) -> dict[str, Any]:
+        """What is about to be erased, read while it is still there."""
+        key = manifest_key(forget.id)
+        try:
+            held: dict[str, Any] = json.loads(self._store.get(key))
+            return held
+        except NotFound:
+            pass
+        secret = SubjectKey.open(self._settings.keys_dir)
+        erased: list[dict[str, Any]] = []
+        payloads: list[dict[str, Any]] = []
+        for part in _parts(forget):
+            indexes = set(part["indexes"])
+            for number in part["segments"]:
+                segment = self._ledger.segment(part["adapter"], number)
+                manifest = self._ledger.manifest(part["adapter"], number)
+                contents = payload.decode(self._store.get(segment.payload), segment.payload_sha)
+                payloads.append({"adapter": segment.adapter, "segment": number, "was": segment.payload})
+                for place, content in enumerate(contents):
+                    if segment.first + place in indexes:
+                        entry = manifest.entries[place]
+                        erased.append(
+                            {
+                                "adapter": segment.adapter,
+                                "index": segment.first + place,
+                                "segment": number,
+                                "commitment": None if content is None else secret.content(content),
+                                "incarnation": manifest.incarnations[entry.run],
+                                "partition": entry.partition,
+                                "offset": entry.offset,
+                                "sealed_at": segment.sealed_at,
+                            }
+                        )
+        draft = {
+            "request": forget.id,
+            "subject": forget.subject,
+            "everywhere": forget.everywhere,
+            "epochs": forget.adapters,
+            "fence": forget.fence,
+            "fenced_at": forget.at,
+            "erased": erased,
+            "payloads": payloads,
+            "kafka": kafka_still_holds(erased, forget, self._settings),
+        }
+        self._store.put(key, canonical_json(draft))
+        return draft
+
+    def _rewrite_payloads(self, draft: dict[str, Any]) -> None:
+        gone: dict[tuple[str, int], set[int]] = {}
+        for entry in draft["erased"]:
+            gone.setdefault((entry["adapter"], entry["segment"]), set()).add(entry["index"])
+        for item in draft["payloads"]:
+            adapter, number = item["adapter"], item["segment"]
+            self._rewrite(adapter, number, gone.get((adapter, number), set()))
+            if self._ledger.segment(adapter, number).payload != item["was"]:
+                self._store.delete(item["was"])
+
+    def _rewrite(self, adapter: str, number: int, gone: set[int]) -> None:
+        """Give a segment a payload without these indexes' contents, unless it has one already."""
+        while True:
+            segment = self._ledger.segment(adapter, number)
+            contents = payload.decode(self._store.get(segment.payload), segment.payload_sha)
+            if len(contents) != segment.count:
+                raise Corrupt(
+                    f"Segment {number} of {adapter} has {segment.count} entries and {len(contents)} contents.",
+                    "Restore the object store from a backup.",
+                )
+            kept = [None if segment.first + place in gone else content for place, content in enumerate(contents)]
+            if kept == contents:
+                return
+            data, digest = payload.encode(kept)
+            key = f"segments/{adapter}/{uuid.uuid4()}.seg"
+            self._store.put(key, data)
+            try:
+                self._ledger.replace_payload(adapter, number, key, digest, replaces=segment.payload)
+            except Conflict:  # another purge was faster: begin with what it left
+                self._store.delete(key)
+                continue
+            self._store.delete(segment.payload)
+            return
+
+    def _delete_weights(self, forget: Forget) -> None:
+        """Delete revoked weights and states, unless a clean version has the very same."""
+        used = self._ledger.digests_in_use()
+        for part in _parts(forget):
+            for digest in set(part["digests"]) - used:
+                self._store.delete(weights_key(digest))
+            for digest in set(part["states"]) - used:
+                self._store.delete(state_key(digest))
+
+
+def _parts(forget: Forget) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = forget.body["doomed"]
+    return parts
