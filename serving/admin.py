@@ -1,7 +1,6 @@
 """/admin: acts on the registry over HTTP, for callers with the admin role."""
 
 import asyncio
-import secrets
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -10,17 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from pydantic_core import PydanticCustomError
 
 from riverdelta.core.errors import NotFound
-from riverdelta.core.keys import SubjectKey
 from riverdelta.core.names import check_adapter
+from riverdelta.registry import operations
 from riverdelta.registry.ledger import AdapterRecord, Forget, Stage
-from riverdelta.registry.wakeups import Wakeups
 
 from .server import Server
 
 T = TypeVar("T")
 Name = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 Reason = Annotated[str, StringConstraints(max_length=1000)]
-_FENCED_KINDS = ("server",)
 
 
 class _Act(BaseModel):
@@ -55,10 +52,10 @@ class ForgetAct(SubjectAct):
 
 
 class RollbackAct(_Act):
-    """To `version`, or to the one before the release."""
+    """To `version` (0: the base), or to the one before the release."""
 
     adapter: Name
-    version: Annotated[int, Field(ge=1)] | None = None
+    version: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
 
 class ResumeAct(_Act):
@@ -71,37 +68,22 @@ class ResumeAct(_Act):
 def routes(server: Server) -> APIRouter:
     """The admin endpoints. The envelope has checked the caller's role."""
     router = APIRouter(prefix="/admin", tags=["admin"])
-    wakeups = Wakeups(server.settings)
 
-    async def act(request: Request, work: Callable[[str], T], *topics: str) -> T:
-        done = await asyncio.to_thread(work, f"http:{request.state.caller.name}")
-        if server.settings.kafka.bootstrap:
-            for topic in topics:
-                wakeups.send(topic, "")
-        return done
-
-    topics = server.settings.topics
+    async def act(asked: Request, work: Callable[..., T], *given: Any, **more: Any) -> T:
+        more |= {"actor": f"http:{asked.state.caller.name}", "wakeups": server.wakeups}
+        return await asyncio.to_thread(work, server.ledger, server.settings, *given, **more)
 
     @router.post("/forget")
     async def forget(body: ForgetAct, request: Request) -> dict[str, Any]:
         """Fence a subject off; answers when no server can produce a token from what learned from it."""
-        request_id = body.request_id or secrets.token_hex(16)
-
-        def work(actor: str) -> tuple[Forget, list[str]]:
-            subject = SubjectKey.open(server.settings.keys_dir).subject(body.subject)
-            held = server.ledger.forget(request_id, subject, body.adapters, actor, body.reason)
-            if server.settings.kafka.bootstrap:
-                wakeups.send(topics.releases, "")
-            return held, server.ledger.await_fence(held.fence, _FENCED_KINDS)
-
-        held, lost = await act(request, work, topics.releases, topics.jobs)
-        return {**_forget(held), "fenced": True, "lost_servers": lost}
+        more = {"reason": body.reason, "request": body.request_id or ""}
+        report = await act(request, operations.forget, body.subject, body.adapters, **more)
+        return {**_forget(report.forget), "lost_servers": report.lost, "seconds": round(report.seconds, 4)}
 
     @router.get("/forgets/{request_id}")
     async def one_forget(request_id: str) -> dict[str, Any]:
         """How far a forget has come: fenced, acknowledged, rebuilt, purged."""
-        held = await asyncio.to_thread(server.ledger.forgets)
-        for procedure in held:
+        for procedure in await asyncio.to_thread(server.ledger.forgets):
             if procedure.id == request_id:
                 return _forget(procedure)
         raise NotFound("There is no such forget.", "Give the request_id that the forget was asked for with.")
@@ -109,33 +91,19 @@ def routes(server: Server) -> APIRouter:
     @router.post("/allow")
     async def allow(body: SubjectAct, request: Request) -> dict[str, Any]:
         """Let a forgotten subject be learned again, from now on."""
-
-        def work(actor: str) -> list[str]:
-            subject = SubjectKey.open(server.settings.keys_dir).subject(body.subject)
-            return server.ledger.allow(subject, body.adapters, actor, body.reason)
-
-        return {"allowed": await act(request, work, topics.releases)}
+        return {"allowed": await act(request, operations.allow, body.subject, body.adapters, reason=body.reason)}
 
     @router.post("/rollback")
     async def rollback(body: RollbackAct, request: Request) -> dict[str, Any]:
         """Move a release to an earlier version and hold it there."""
         name = check_adapter(body.adapter)
-        head = await act(
-            request, lambda actor: server.ledger.rollback(name, body.version, actor, body.reason), topics.releases
-        )
-        return _head(head)
+        return _head(await act(request, operations.rollback, name, body.version, reason=body.reason))
 
     @router.post("/resume")
     async def resume(body: ResumeAct, request: Request) -> dict[str, Any]:
         """End a hold."""
         name = check_adapter(body.adapter)
-        head = await act(
-            request,
-            lambda actor: server.ledger.resume(name, body.mode, actor, body.reason),
-            topics.releases,
-            topics.jobs,
-        )
-        return _head(head)
+        return _head(await act(request, operations.resume, name, body.mode, reason=body.reason))
 
     return router
 

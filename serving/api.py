@@ -61,6 +61,7 @@ def create_app(server: Server) -> ASGIApp:
     app.add_exception_handler(RiverdeltaError, _known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
     for router in (completions.routes(server), catalogue.routes(server), admin.routes(server), _health(server)):
         app.include_router(router)
     _without_422(app)
@@ -111,6 +112,12 @@ async def _http(request: Request, error: Exception) -> Response:
     code = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "request_too_large"}
     body = error_body(error.status_code, code.get(error.status_code, "bad_request"), str(error.detail))
     return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """The envelope logs it."""
+    text = f"The server failed. Its log names request {request.state.request_id}."
+    return JSONResponse(error_body(500, "internal_error", text), 500)
 
 
 def _first(errors: Sequence[Any]) -> dict[str, Any]:

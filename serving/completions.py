@@ -48,7 +48,6 @@ class AnswerResponse(Response):
                 said["end"] = await send_stream(writers, send, answer.frames(self._include_usage), {}, digest)
             else:
                 await send_json(writers, send, 200, await answer.collect(), {}, digest)
-            said["whole"] = True
         finally:
             watch.cancel()
             answer.cancel()

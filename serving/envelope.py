@@ -41,14 +41,15 @@ class Envelope:
         said: dict[str, Any] = {}
         scope.setdefault("state", {}).update(request_id=request_id, said=said)
         began = time.monotonic()
-        status = 0
+        status, whole = 0, False
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
+            whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             refused = self._refused(scope, headers)
@@ -58,14 +59,11 @@ class Envelope:
                 code, body = refused
                 await send_json(self._writers, sending, code, body, headers_of(code))
         except ReaderGone:
-            said["gone"] = True
+            status = 499  # nginx's, for a client that did not wait
             await abort(scope)
         except Exception:
             log.exception("request failed", extra={"request_id": request_id})
-            if not status:
-                body = error_body(500, "internal_error", f"The server failed. Its log names request {request_id}.")
-                await send_json(self._writers, sending, 500, body, {})
-            elif not said.get("whole"):
+            if not whole:
                 await abort(scope)
         finally:
             self._note(scope, request_id, status, time.monotonic() - began, said)
@@ -95,7 +93,7 @@ class Envelope:
 
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float, said: dict[str, Any]) -> None:
         route = getattr(scope.get("route"), "path", "other")
-        self._metrics.http(route, 499 if said.get("gone") else status)
+        self._metrics.http(route, status)
         level = logging.DEBUG if route in (*_OPEN, "/metrics") and status == 200 else logging.INFO
         fields = {"request_id": request_id, "route": route, "status": status, "seconds": round(seconds, 4), **said}
         log.log(level, "%s %s", scope["method"], route, extra=fields)

@@ -44,12 +44,19 @@ class Follower:
         self._clock = -1
         self._dirty = True
         self._deadline = self._renew_at = self._read_at = self._rest_until = 0.0
+        self._wanted: dict[str, Release] | None = None
+        self._loaded = threading.Event()
         self._troubled = False
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
 
     def start(self) -> None:
         """Start the thread; `ready` is set once a lease is held and the releases were read under it."""
         self._thread.start()
+
+    def on_loaded(self) -> None:
+        """Weights are loaded now: aliases that waited for them can move."""
+        self._loaded.set()
+        self.wake.set()
 
     def stop(self) -> None:
         """End the thread and give the lease up. The engine must have stopped: nobody waits for its answers then."""
@@ -65,7 +72,7 @@ class Follower:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            woken = self.wake.is_set()
+            woken = self.wake.is_set() and not self._loaded.is_set()
             self.wake.clear()
             try:
                 self._turn(woken)
@@ -86,13 +93,15 @@ class Follower:
             self._take()
         now = self._ledger.clock()
         moved, self._clock = now != self._clock, now
-        self._dirty |= moved or woken  # woken also when weights that were wanted are loaded
+        self._dirty |= moved or woken
         # Only reading, so that events that are sealed do not make every server write.
         fenced = moved and self._ledger.last_fence() > (self._acked or 0)
         if fenced or clock() >= self._renew_at:
             self._renew()
         if self._held and (self._permit.halted or self._due()):
             self._read()
+        elif self._loaded.is_set() and self._wanted is not None:
+            self._follow(self._wanted)
 
     def _due(self) -> bool:
         return clock() >= (self._rest_until if self._dirty else self._read_at)
@@ -134,7 +143,7 @@ class Follower:
         began = clock()
         number, digests = self._fleet.carry_out(self._acked)
         self._flush(digests)
-        self._dirty = True
+        self._dirty, self._wanted = True, None
         self._rest_until = 0.0  # an alias may point at what is gone
         self._acked = number
         self._on_fence(clock() - began)
@@ -143,7 +152,8 @@ class Follower:
     def _read(self) -> None:
         began = clock()
         wanted = {name: Release(version, digest) for name, (version, digest) in self._ledger.releases().items()}
-        steps = self._fleet.follow(wanted)
+        self._wanted = wanted  # until a fence: then only what is read after it counts
+        self._follow(wanted)
         self._dirty = False
         self._read_at = began + _FULL_READ_SECONDS
         self._rest_until = clock() + _SHARE * (clock() - began)
@@ -153,6 +163,10 @@ class Follower:
             self._fleet.preload(self._preload)
             self.ready.set()
             log.info("following the ledger", extra={"holder": self.holder, "adapters": len(wanted)})
-        elif steps.flips:
+
+    def _follow(self, wanted: dict[str, Release]) -> None:
+        self._loaded.clear()
+        steps = self._fleet.follow(wanted)
+        if steps.flips and self.ready.is_set():
             moves = {name: release and release.version for name, release in list(steps.flips.items())[:5]}
             log.info("releases moved", extra={"count": len(steps.flips), "first": moves})

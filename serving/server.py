@@ -44,7 +44,8 @@ class Server:
         self._fleet: Fleet | None = None
         self._generator: Generator | None = None
         self._ledger: Ledger | None = None
-        self._wakeups: Wakeups | None = None
+        # None without a broker: then the ledger is only polled.
+        self.wakeups = Wakeups(settings) if settings.kafka.bootstrap else None
         self._follower: Follower | None = None
         self._stopping = False
         self._lock = threading.Lock()
@@ -74,10 +75,9 @@ class Server:
         self._generator = Generator(engine, self._fleet, digest)
         log.info("the base model answers", extra={"digest": digest, "seconds": round(time.monotonic() - began, 1)})
         follower = Follower(self.settings, ledger, self._fleet, self.permit, self.writers.flush, self.metrics.fence)
-        self._fleet.on_loaded = follower.wake.set
-        if self.settings.kafka.bootstrap:
-            self._wakeups = Wakeups(self.settings)
-            self._wakeups.listen(self.settings.topics.releases, follower.wake)
+        self._fleet.on_loaded = follower.on_loaded
+        if self.wakeups is not None:
+            self.wakeups.listen(self.settings.topics.releases, follower.wake)
         with self._lock:
             if not self._stopping:
                 follower.start()
@@ -96,8 +96,8 @@ class Server:
             self._fleet.close()
         if self._follower is not None:
             self._follower.stop()
-        if self._wakeups is not None:
-            self._wakeups.close()
+        if self.wakeups is not None:
+            self.wakeups.close()
 
     @property
     def engine(self) -> Engine:

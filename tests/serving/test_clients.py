@@ -101,3 +101,19 @@ def test_more_than_the_queue_holds(shared):
             assert response.headers["retry-after"] == "1"
             assert response.json()["error"]["code"] == "queue_full"
     assert idle(shared)
+
+
+def test_a_fault_of_our_own_says_nothing_of_itself(shared, monkeypatch, caplog):
+    def fail():
+        raise RuntimeError("a secret of the server")
+
+    monkeypatch.setattr(shared.server.fleet, "releases", fail)
+    broken = shared.client.get("/v1/models", headers={"x-request-id": "find-me"})
+    assert broken.status_code == 500
+    assert broken.json()["error"] == {
+        "message": "The server failed. Its log names request find-me.",
+        "type": "server_error",
+        "param": None,
+        "code": "internal_error",
+    }
+    eventually(lambda: any(getattr(r, "request_id", "") == "find-me" and r.exc_info for r in caplog.records))

@@ -5,7 +5,8 @@ import threading
 
 from riverdelta.core.store import weights_key
 
-from .conftest import eventually, random_lora
+from .conftest import eventually
+from .hand import random_lora
 
 PROMPTS = ["hello", "a longer prompt that shares nothing", "hello again"]
 
