@@ -109,6 +109,15 @@ def forget(
     return ForgetReport(done, revoked, lost, time.monotonic() - start)
 
 
+def await_purge(ledger: Ledger, request: str, every: float = 0.2) -> Forget:
+    """Wait until the keeper has purged what a forget wrote off; its procedure then."""
+    while True:
+        forget = ledger.forget_of(request)
+        if forget.stage is Stage.PURGED:
+            return forget
+        time.sleep(every)
+
+
 def fence(
     ledger: Ledger,
     settings: Settings,

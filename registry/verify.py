@@ -1,11 +1,69 @@
 """Verify: is what the ledger and the store hold what was written?"""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+from riverdelta.core import payload
 from riverdelta.core.digests import canonical_json, sha256
-from riverdelta.core.errors import Corrupt
+from riverdelta.core.errors import Corrupt, NotFound
+from riverdelta.core.store import ObjectStore, state_key, weights_key
 
-from .ledger import Fact
+from .ledger import Fact, Ledger, SegmentRecord
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked of an adapter, and every problem found, each naming what is wrong."""
+
+    adapter: str
+    facts: int
+    segments: int
+    versions: int
+    problems: tuple[str, ...]
+
+
+def verify(ledger: Ledger, store: ObjectStore, adapter: str) -> Verified:
+    """Check an adapter's journal, payloads and unpurged versions."""
+    facts = ledger.facts(adapter)
+    segments = ledger.segments(adapter)
+    versions = [version for version in ledger.versions(adapter).values() if not version.purged]
+    problems = []
+    try:
+        check_chain(facts)
+    except Corrupt as error:
+        problems.append(error.message)
+    following = 0
+    for segment in segments:
+        if segment.first != following:
+            problems.append(f"Segment {segment.number} begins at index {segment.first}, not {following}.")
+        following = segment.first + segment.count
+        try:
+            _check_segment(ledger, store, segment)
+        except (Corrupt, NotFound) as error:
+            problems.append(f"Segment {segment.number}: {error.message}")
+    for version in versions:
+        for key, digest in ((weights_key(version.digest), version.digest), (state_key(version.state), version.state)):
+            if digest:
+                problems += [f"Version {version.number}: {problem}" for problem in _check_object(store, key, digest)]
+    return Verified(adapter, len(facts), len(segments), len(versions), tuple(problems))
+
+
+def _check_segment(ledger: Ledger, store: ObjectStore, segment: SegmentRecord) -> None:
+    contents = payload.decode(store.get(segment.payload), segment.payload_sha)
+    entries = ledger.manifest(segment.adapter, segment.number).entries
+    if not len(contents) == len(entries) == segment.count:
+        raise Corrupt(f"its payload has {len(contents)} contents for {segment.count} entries.")
+    for place, (content, entry) in enumerate(zip(contents, entries, strict=True)):
+        if content is None and not entry.tombstone:
+            raise Corrupt(f"entry {segment.first + place} has lost its content and is no tombstone.")
+
+
+def _check_object(store: ObjectStore, key: str, digest: str) -> list[str]:
+    try:
+        held = sha256(store.get(key))
+    except NotFound as error:
+        return [error.message]
+    return [] if held == digest else [f"{key} has the SHA-256 {held}."]
 
 
 def check_chain(facts: Iterable[Fact]) -> None:

@@ -226,6 +226,14 @@ class Forgetting(Leases):
         with self.db.read() as c:
             return [forget_of(row) for row in c.execute(query)]
 
+    def forget_of(self, request: str) -> Forget:
+        """One forget procedure."""
+        with self.db.read() as c:
+            row = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request)).first()
+        if row is None:
+            raise NotFound(f"There is no forget {request[:80]}.", "`riverdelta registry list` shows those there are.")
+        return forget_of(row)
+
     def advance(self, request: str, stage: Stage, body: Mapping[str, Any], actor: str) -> Forget:
         """Record that a procedure has reached a stage; reaching it again changes nothing."""
         with self.db.write() as c:

@@ -255,6 +255,13 @@ class Ledger(Forgetting):
             rows = c.execute(query.order_by(sa.func.min(s.sealed_at), s.adapter))
             return [(name, number) for name, number in rows]
 
+    def count_awaiting(self, adapter: str) -> int:
+        """How many segments of an adapter await their outcome."""
+        s = t.segments.c
+        query = sa.select(sa.func.count()).where(s.adapter == adapter, s.outcome == Outcome.AWAITING)
+        with self.db.read() as c:
+            return int(c.execute(query).scalar() or 0)
+
     def work(self, adapter: str) -> Work | None:
         """The adapter's next increment, read in one view, or None when nothing awaits."""
         with self.db.read() as c:

@@ -1,0 +1,397 @@
+"""The `riverdelta registry` commands. Each imports what it needs only when it runs, so that `--help` is quick."""
+
+import getpass
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from riverdelta.core.errors import BadInput, Unsupported
+
+if TYPE_CHECKING:
+    from riverdelta.core.settings import Settings
+
+    from .ledger import Ledger
+    from .wakeups import Wakeups
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Adapters and their versions: create, look, release, roll back, forget, verify.",
+)
+
+# What trains an adapter anew; set by the `riverdelta` command, as this package knows no trainer.
+replayer: "Callable[[Settings, str, list[str], bool], int] | None" = None
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Adapter.")]
+Versioned = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Adapter, or one of its versions.")]
+Data = Annotated[Path | None, typer.Option(help="Data folder.")]
+Config = Annotated[Path | None, typer.Option(help="Settings file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Reason = Annotated[str, typer.Option(help="Why; kept in the log.")]
+Actor = Annotated[str, typer.Option(help="Who; kept in the log (default: the user's name).")]
+Subject = Annotated[str, typer.Option(help="The person or thing that the events name.")]
+
+
+@app.command()
+def create(
+    name: Name,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file that shapes training (default: built in).")] = None,
+    reason: Reason = "",
+    actor: Actor = "",
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """Make an adapter. It answers as the base until it has learned."""
+    from riverdelta.core.recipe import Recipe
+
+    from .report import print_adapter
+
+    shape = Recipe.load(recipe) if recipe else Recipe()
+    with _ledger(config, data) as (settings, ledger):
+        ledger.create(name, shape, _actor(actor), reason)
+        with _wakeups(settings) as wakeups:
+            wakeups.send(settings.topics.releases, name)
+        print_adapter(ledger, name, as_json)
+
+
+@app.command("list")
+def list_(as_json: AsJson = False, config: Config = None, data: Data = None) -> None:
+    """List adapters, what each serves, what awaits training, and forgets under way."""
+    from .report import print_adapters
+
+    with _ledger(config, data) as (_, ledger):
+        print_adapters(ledger, as_json)
+
+
+@app.command()
+def show(name: Name, as_json: AsJson = False, config: Config = None, data: Data = None) -> None:
+    """Show an adapter: its head, its versions, and what became of each segment."""
+    from .report import print_adapter
+
+    with _ledger(config, data) as (_, ledger):
+        print_adapter(ledger, name, as_json)
+
+
+@app.command()
+def log(
+    name: Name,
+    after: Annotated[int, typer.Option(min=0, help="Only facts after this number.")] = 0,
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """Show an adapter's journal: what was live when, by whom and why."""
+    from .report import print_log
+
+    with _ledger(config, data) as (_, ledger):
+        print_log(ledger, name, after, as_json)
+
+
+@app.command()
+def release(
+    version: Versioned,
+    reason: Reason = "",
+    actor: Actor = "",
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """Serve NAME@VERSION now; the next increment takes over from it."""
+    from . import operations
+    from .report import print_adapter
+
+    name, number = _version(version)
+    if number is None:
+        raise BadInput(f"{version} names no version.", f"Write {version}@7, for instance.")
+    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
+        operations.release(ledger, settings, name, number, actor=_actor(actor), reason=reason, wakeups=wakeups)
+        print_adapter(ledger, name, as_json)
+
+
+@app.command()
+def rollback(
+    version: Versioned,
+    to_base: Annotated[bool, typer.Option("--to-base", help="Serve the base itself.")] = False,
+    reason: Reason = "",
+    actor: Actor = "",
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """Go back to NAME@VERSION (default: the version before the released one), and hold it there until `resume`."""
+    from . import operations
+    from .report import print_adapter
+
+    name, number = _version(version)
+    number = 0 if to_base else number
+    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
+        operations.rollback(ledger, settings, name, number, actor=_actor(actor), reason=reason, wakeups=wakeups)
+        print_adapter(ledger, name, as_json)
+
+
+@app.command()
+def resume(
+    name: Name,
+    replay: Annotated[bool, typer.Option("--replay", help="Train what was set aside, on the held version.")] = False,
+    tip: Annotated[bool, typer.Option("--tip", help="Return to the newest version, as if never rolled back.")] = False,
+    reason: Reason = "",
+    actor: Actor = "",
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """End a rollback's hold; without options, only new segments are learned, from the held version on."""
+    from . import operations
+    from .ledger import Mode
+    from .report import print_adapter
+
+    if replay and tip:
+        raise BadInput("--replay and --tip exclude each other.", "Give one of them, or neither.")
+    mode: Mode = "replay" if replay else "tip" if tip else "continue"
+    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
+        operations.resume(ledger, settings, name, mode, actor=_actor(actor), reason=reason, wakeups=wakeups)
+        print_adapter(ledger, name, as_json)
+
+
+@app.command()
+def forget(
+    subject: Subject,
+    adapter: Annotated[list[str] | None, typer.Option(help="Adapter to forget in; may be repeated.")] = None,
+    all_adapters: Annotated[bool, typer.Option("--all-adapters", help="Every adapter, those to come too.")] = False,
+    request: Annotated[str, typer.Option(help="Id under which repeating this changes nothing.")] = "",
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for rebuild and purge too.")] = False,
+    reason: Reason = "",
+    actor: Actor = "",
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """Forget a subject. Returns once no server can answer from what saw it; rebuild and purge follow by themselves."""
+    from . import operations
+    from .report import print_forget, waiting
+
+    adapters = _scope(adapter, all_adapters)
+    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
+        with waiting("Waiting for every server to carry out the fence") as progress:
+            report = operations.forget(
+                ledger,
+                settings,
+                subject,
+                adapters,
+                actor=_actor(actor),
+                reason=reason,
+                request=request,
+                wakeups=wakeups,
+                progress=progress,
+            )
+        done = operations.await_purge(ledger, report.forget.id) if wait else report.forget
+        print_forget(done, report, as_json)
+
+
+@app.command()
+def allow(
+    subject: Subject,
+    adapter: Annotated[list[str] | None, typer.Option(help="Adapter; may be repeated.")] = None,
+    all_adapters: Annotated[bool, typer.Option("--all-adapters", help="Wherever it is suppressed.")] = False,
+    reason: Reason = "",
+    actor: Actor = "",
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """Let a forgotten subject be learned again, from now on. What was forgotten stays so."""
+    from . import operations
+    from .report import print_json
+
+    adapters = _scope(adapter, all_adapters)
+    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
+        lifted = operations.allow(
+            ledger, settings, subject, adapters, actor=_actor(actor), reason=reason, wakeups=wakeups
+        )
+        if as_json:
+            print_json({"allowed": lifted})
+        else:
+            typer.echo(f"Learned again from now on: {', '.join(lifted)} (* is every adapter).")
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Adapter (default: all).")] = "",
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Also train the released version anew from Kafka's events, and compare.")
+    ] = False,
+    without: Annotated[list[str] | None, typer.Option(help="With --replay: a subject that was forgotten.")] = None,
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """Check the journal's chain, every payload and every version's weights against their digests."""
+    from riverdelta.core.store import ObjectStore
+
+    from .report import print_verified
+    from .verify import verify as check
+
+    with _ledger(config, data) as (settings, ledger):
+        names = [name] if name else [head.name for head in ledger.adapters()]
+        store = ObjectStore(settings.store_url)
+        code = print_verified([check(ledger, store, each) for each in names], as_json)
+    if replay:
+        if replayer is None:
+            raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
+        code = max([code, *(replayer(settings, each, without or [], as_json) for each in names)])
+    raise typer.Exit(code)
+
+
+@app.command("import")
+def import_(
+    name: Name,
+    folder: Annotated[Path, typer.Argument(help="PEFT folder: adapter_config.json and adapter_model.safetensors.")],
+    base: Annotated[str, typer.Option(help="Base model, if the settings name none.")] = "",
+    reason: Reason = "",
+    actor: Actor = "",
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """Make a LoRA trained elsewhere version 1 of a new adapter, which learns on from there."""
+    from riverdelta.core.base import resolve
+    from riverdelta.core.store import ObjectStore
+
+    from .peft_io import base_linears, import_folder
+    from .report import print_adapter
+
+    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
+        linears = base_linears(resolve(base or settings.base or settings.running().get("base", "")))
+        import_folder(ledger, ObjectStore(settings.store_url), name, folder, linears, _actor(actor), reason)
+        wakeups.send(settings.topics.releases, name)
+        print_adapter(ledger, name, as_json)
+
+
+@app.command()
+def export(
+    version: Versioned,
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """Write a version (default: the release) as a PEFT folder, for `peft.PeftModel.from_pretrained`."""
+    from riverdelta.core.store import ObjectStore
+
+    from .peft_io import export_version
+    from .report import print_json
+
+    name, number = _version(version)
+    with _ledger(config, data) as (settings, ledger):
+        written = export_version(ledger, ObjectStore(settings.store_url), name, number, folder)
+        if as_json:
+            print_json({"adapter": name, "version": written.number, "digest": written.digest, "folder": str(folder)})
+        else:
+            typer.echo(f"{name}@{written.number} is in {folder} (SHA-256 {written.digest}).")
+
+
+@app.command()
+def repair(config: Config = None, data: Data = None) -> None:
+    """Make MLflow show what the ledger says: models, versions, alias `live`, tags, metrics, artifacts."""
+    from riverdelta.core.store import ObjectStore
+
+    from .mlflow_projection import Projection
+    from .mlflow_store import MlflowStore
+
+    with _ledger(config, data) as (settings, ledger):
+        names = Projection(ledger, ObjectStore(settings.store_url), MlflowStore(settings)).repair()
+        typer.echo(f"MLflow shows {len(names)} adapters as the ledger has them.")
+
+
+@app.command()
+def gc(
+    grace: Annotated[float, typer.Option(min=0, help="Leave alone what is younger, in hours.")] = 24.0,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """Delete what crashes left in the object store; nothing that the ledger names is touched."""
+    from riverdelta.core.store import ObjectStore
+
+    from .gc import collect
+    from .report import print_json
+
+    with _ledger(config, data) as (settings, ledger):
+        found = collect(ledger, ObjectStore(settings.store_url), grace * 3600, dry)
+        if as_json:
+            print_json({"deleted": found.deleted, "young": found.young, "dry_run": dry})
+        else:
+            did = "would go" if dry else "deleted"
+            typer.echo(f"{len(found.deleted)} objects {did}, {len(found.young)} are too young to be sure of.")
+
+
+@app.command("run")
+def run_(config: Config = None, data: Data = None) -> None:
+    """Run the keeper: MLflow's projection, the control topic, and forgets' rebuild and purge (started by `up`)."""
+    from .keeper import run
+
+    run(_settings(config, data))
+
+
+def _settings(config: Path | None, data: Path | None) -> "Settings":
+    if config is not None:
+        os.environ["RIVERDELTA_CONFIG"] = str(config.absolute())
+    if data is not None:
+        os.environ["RIVERDELTA_DATA"] = str(data.absolute())
+    from riverdelta.core.settings import Settings
+
+    return Settings.read()
+
+
+@contextmanager
+def _ledger(config: Path | None, data: Path | None) -> Iterator[tuple["Settings", "Ledger"]]:
+    from .ledger import Ledger
+
+    settings = _settings(config, data)
+    ledger = Ledger.open(settings.ledger_url)
+    try:
+        yield settings, ledger
+    finally:
+        ledger.close()
+
+
+@contextmanager
+def _wakeups(settings: "Settings") -> Iterator["Wakeups"]:
+    from .wakeups import Wakeups
+
+    wakeups = Wakeups(settings)
+    try:
+        yield wakeups
+    finally:
+        wakeups.close()
+
+
+def _version(text: str) -> tuple[str, int | None]:
+    from riverdelta.core.names import ModelRef
+
+    ref = ModelRef.parse(text)
+    if ref.adapter is None:
+        raise BadInput("`base` is not an adapter.", "Name an adapter, or one of its versions as NAME@7.")
+    return ref.adapter, ref.version
+
+
+def _scope(adapters: list[str] | None, everywhere: bool) -> list[str] | None:
+    """The adapters named, or None for every one; exactly one of the two must be said."""
+    if bool(adapters) == everywhere:
+        raise BadInput("Say where.", "Give --adapter NAME (once or more), or --all-adapters.")
+    return adapters or None
+
+
+def _actor(given: str) -> str:
+    if given:
+        return given
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no name for this user id, as in a container
+        return f"uid {os.getuid()}"

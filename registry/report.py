@@ -1,0 +1,215 @@
+"""What the registry commands print: tables for people, JSON for scripts."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .ledger import Fact, Forget, Lease, Ledger, Outcome, Stage, VersionRecord
+from .operations import ForgetReport, Progress
+from .verify import Verified
+
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value, indented."""
+    print(json.dumps(value, indent=2, default=str))  # noqa: T201
+
+
+def print_adapters(ledger: Ledger, as_json: bool) -> None:
+    """Every adapter on a line, then the forgets that are not finished."""
+    heads, releases = ledger.adapters(), ledger.releases()
+    waiting = {head.name: ledger.count_awaiting(head.name) for head in heads}
+    forgets = ledger.forgets(unfinished=True)
+    if as_json:
+        print_json(
+            {
+                "adapters": [
+                    {
+                        "name": head.name,
+                        "release": head.release,
+                        "digest": releases[head.name][1],
+                        "held": head.held,
+                        "entries": head.next_index,
+                        "segments": head.next_segment - 1,
+                        "awaiting": waiting[head.name],
+                        "epoch": head.epoch,
+                    }
+                    for head in heads
+                ],
+                "forgets": [_forget(forget) for forget in forgets],
+            }
+        )
+        return
+    if not heads:
+        _out.print("No adapters yet. `riverdelta registry create NAME` makes one.")
+    else:
+        table = _table("adapter", "release", "digest", "entries", "segments", "awaiting", "epoch")
+        for head in heads:
+            release = "base" if not head.release else f"@{head.release}"
+            held = " (held)" if head.held is not None else ""
+            row = (head.next_index, head.next_segment - 1, waiting[head.name], head.epoch)
+            table.add_row(head.name, release + held, releases[head.name][1][:12], *map(str, row))
+        _out.print(table)
+    for forget in forgets:
+        _out.print(f"Forget {forget.id}: {forget.stage}, in {', '.join(forget.adapters) or 'no adapter'}.")
+
+
+def print_adapter(ledger: Ledger, name: str, as_json: bool) -> None:
+    """An adapter's head, versions and segments."""
+    head, versions, segments = ledger.adapter(name), ledger.versions(name), ledger.segments(name)
+    if as_json:
+        shown = {**asdict(head), "versions": [_version(version) for version in versions.values()]}
+        print_json({**shown, "segments": [asdict(segment) for segment in segments]})
+        return
+    serves = f"version {head.release}" if head.release else "the base"
+    held = ", held there" if head.held is not None else ""
+    _out.print(
+        f"{name} serves {serves}{held}. {head.next_index} entries in {len(segments)} segments, epoch {head.epoch}."
+    )
+    if versions:
+        table = _table("version", "digest", "parent", "segment", "loss", "made", "")
+        for version in versions.values():
+            told = "revoked" if version.revoked else "live" if version.number == head.release else ""
+            parent = f"@{version.parent}" if version.parent else "base"
+            learned = "imported" if version.segment is None else str(version.segment)
+            row = (parent, learned, _losses(version), version.made_at, told)
+            table.add_row(f"@{version.number}", version.digest[:12], *row)
+        _out.print(table)
+    aside = [segment for segment in segments if segment.outcome is not Outcome.TRAINED]
+    if aside:
+        table = _table("segment", "entries", "outcome", "why")
+        for segment in aside:
+            why = f"{segment.cause} {segment.note}".strip()
+            table.add_row(str(segment.number), str(segment.count), str(segment.outcome), why)
+        _out.print(table)
+
+
+def print_log(ledger: Ledger, name: str, after: int, as_json: bool) -> None:
+    """An adapter's journal."""
+    ledger.adapter(name)
+    facts = ledger.facts(name, after)
+    if as_json:
+        print_json([asdict(fact) for fact in facts])
+        return
+    table = _table("#", "at", "what", "live", "by", "why")
+    live = "base"
+    for fact in ledger.facts(name):
+        if "to" in fact.body:
+            live = f"@{fact.body['to']}" if fact.body["to"] else "base"
+        if fact.seq > after:
+            table.add_row(str(fact.seq), fact.at, _told(fact), live, fact.actor, fact.reason)
+    _out.print(table)
+
+
+def print_forget(forget: Forget, report: ForgetReport, as_json: bool) -> None:
+    """What a forget has done so far."""
+    entries = sum(part["entries"] for part in forget.body["doomed"])
+    if as_json:
+        lost = {"lost_servers": report.lost, "seconds": round(report.seconds, 4)}
+        print_json({**_forget(forget), "revoked": report.revoked, "entries": entries, **lost})
+        return
+    revoked = sum(report.revoked.values())
+    _out.print(
+        f"Fenced in {report.seconds:.2f} s: no server answers from what saw the subject. "
+        f"{entries} entries erased, {revoked} versions revoked, in {len(forget.adapters)} adapters."
+    )
+    for holder in report.lost:
+        _out.print(f"The server {holder} did not answer; its lease ran out, and it may not answer for adapters.")
+    if forget.stage is Stage.PURGED:
+        _out.print(f"Rebuilt and purged; the manifest is {forget.body['manifest']} in the object store.")
+    else:
+        _out.print(f"Rebuild and purge follow by themselves; `riverdelta registry list` shows request {forget.id}.")
+
+
+def print_verified(found: Sequence[Verified], as_json: bool) -> int:
+    """What verification found; the exit code, 7 when something is wrong."""
+    if as_json:
+        print_json([asdict(each) for each in found])
+    else:
+        for each in found:
+            checked = f"{each.facts} facts, {each.segments} segments, {each.versions} versions"
+            _out.print(f"{each.adapter}: {checked}: {'as written' if not each.problems else 'DAMAGED'}.")
+            for problem in each.problems:
+                _out.print(f"  {problem}")
+    return 7 if any(each.problems for each in found) else 0
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[Progress]:
+    """A line on standard error while leases are waited for."""
+    with _err.status(f"{what} ...") as status:
+
+        def progress(leases: list[Lease]) -> None:
+            status.update(f"{what}: {', '.join(lease.holder for lease in leases)} ...")
+
+        yield progress
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _forget(forget: Forget) -> dict[str, Any]:
+    return {
+        "request": forget.id,
+        "stage": str(forget.stage),
+        "fence": forget.fence,
+        "at": forget.at,
+        "everywhere": forget.everywhere,
+        "adapters": sorted(forget.adapters),
+        "manifest": forget.body.get("manifest"),
+    }
+
+
+def _version(version: VersionRecord) -> dict[str, Any]:
+    held = asdict(version)
+    held["metrics"] = {key: value for key, value in version.metrics.items() if key != "losses"}
+    return held
+
+
+def _losses(version: VersionRecord) -> str:
+    losses = version.metrics.get("losses") or []
+    return f"{losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
+
+
+def _told(fact: Fact) -> str:
+    body = fact.body
+    match fact.kind:
+        case "sealed":
+            held = ", set aside as the release is held" if body["held"] else ""
+            return f"segment {body['segment']} sealed: {body['count']} entries by {body['trigger']}{held}"
+        case "increment":
+            return f"version {body['version']} learned segment {body['segment']}"
+        case "imported":
+            return f"version {body['version']} imported"
+        case "release":
+            return "released"
+        case "rollback":
+            return f"rolled back and held; segments set aside: {_numbers(body['set_aside'])}"
+        case "resume":
+            return f"resumed ({body['mode']})"
+        case "set_aside":
+            return f"segment {body['segment']} set aside: {body['cause']}"
+        case "forget":
+            revoked, entries = _numbers(body["revoked"]), body["entries"]
+            return f"forget: {entries} entries erased, versions revoked: {revoked} ({body['request']})"
+        case "forget_stage":
+            return f"forget {body['stage']} ({body['request']})"
+        case "allow":
+            return f"a subject may be learned again from index {body['index']}"
+        case _:
+            return fact.kind
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
