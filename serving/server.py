@@ -48,6 +48,7 @@ class Server:
         self.wakeups = Wakeups(settings) if settings.kafka.bootstrap else None
         self._follower: Follower | None = None
         self._stopping = False
+        self._stopped = threading.Event()
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -84,11 +85,18 @@ class Server:
                 self._follower = follower
 
     def stop(self) -> None:
-        """End every answer, then give the lease up. May be called at any time, from any thread."""
+        """End every answer, then give the lease up. May be called at any time, from any thread, again too."""
         with self._lock:
-            if self._stopping:
-                return
-            self._stopping = True
+            first, self._stopping = not self._stopping, True
+        if not first:
+            self._stopped.wait()
+            return
+        try:
+            self._stop()
+        finally:
+            self._stopped.set()
+
+    def _stop(self) -> None:
         if self._engine is not None:
             self._engine.stop()
         self.permit.stop()

@@ -4,6 +4,8 @@ import json
 import threading
 
 from riverdelta.core.store import weights_key
+from riverdelta.registry.wakeups import Wakeups
+from riverdelta.streams.topics import ensure
 
 from .conftest import eventually
 from .hand import random_lora
@@ -133,3 +135,25 @@ def test_a_server_started_after_the_releases(hand, serve):
     first, second = serve(hand.settings), serve(hand.settings)
     for running in (first, second):
         assert running.answer("acme")["model"] == "acme@2"
+
+
+def test_a_wake_up_is_heard(hand, serve, settings):
+    """Without one, this server would look at its ledger again after minutes."""
+    ensure(settings)
+    hand.settings.kafka, hand.settings.topics = settings.kafka, settings.topics
+    hand.settings.serving.poll_seconds, hand.settings.serving.lease_seconds = 100, 500
+    hand.adapter("acme", 2)
+    running = serve(hand.settings)
+    assert running.answer("acme")["model"] == "acme@2"
+    hand.ledger.rollback("acme", 1, "test")
+    wakeups = Wakeups(hand.settings)
+
+    def told():
+        wakeups.send(settings.topics.releases, "acme")
+        return running.answer("acme")["model"] == "acme@1"
+
+    eventually(told)
+    wakeups.close()
+    head = running.client.post("/admin/resume", json={"adapter": "acme", "mode": "tip"})
+    assert head.json()["release"] == 2
+    eventually(lambda: running.answer("acme")["model"] == "acme@2")
