@@ -101,7 +101,7 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
     from riverdelta.core.base import resolve
     from riverdelta.trainer.base import Base
     from riverdelta.trainer.fingerprint import fingerprint
-    from riverdelta.trainer.increment import train as increment
+    from riverdelta.trainer.replay import replay
 
     places = [at for segment in wanted.segments for at in segment]
     progress("reading the events", 0, len(places))
@@ -118,26 +118,19 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
     trainer = settings.trainer
     progress("loading the base model", 0, len(places))
     base = Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
-    weights = state = None
-    digest = ""
-    for number, segment in enumerate(wanted.segments, start=1):
-        contents = [None if at in left_out else lessons[at].content for at in segment]
-        name = f"training segment {number} of {len(wanted.segments)}"
-        made = increment(
-            base,
-            Recipe.from_dict(wanted.recipe),
-            wanted.seed,
-            contents,
-            weights,
-            state,
-            lambda step, steps, _, name=name: progress(name, step, steps),  # type: ignore[misc]
-        )
-        weights, state, digest = made.weights, made.state, made.digest
+    segments = [[None if at in left_out else lessons[at].content for at in segment] for segment in wanted.segments]
+    made = replay(
+        base,
+        Recipe.from_dict(wanted.recipe),
+        wanted.seed,
+        segments,
+        lambda done, of: progress("training segment by segment", done, of),
+    )
     return Result(
         wanted.adapter,
         wanted.version,
         wanted.digest,
-        digest,
+        made[-1].digest,
         len(places),
         len(left_out),
         fingerprint(base) == wanted.fingerprint,

@@ -21,9 +21,10 @@ class _Root(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name == "registry":
-            from riverdelta.registry.cli import app as registry
+            from riverdelta.registry import cli as registry
 
-            return typer.main.get_command(registry)
+            registry.replayer = _replay
+            return typer.main.get_command(registry.app)
         return super().get_command(ctx, cmd_name)
 
 
@@ -186,6 +187,13 @@ def counterfactual(
 
     settings = with_kafka(with_base(read_settings(config, data, base, kafka)))
     raise typer.Exit(run(settings, adapter, without or [], as_json))
+
+
+def _replay(settings: Any, adapter: str, without: list[str], as_json: bool) -> int:
+    """What `registry verify --replay` runs: the registry knows no trainer."""
+    from .counterfactual import main as run
+
+    return run(with_kafka(with_base(settings)), adapter, without, as_json)
 
 
 @app.command()

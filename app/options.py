@@ -42,9 +42,13 @@ def read_settings(
 
 
 def with_base(settings: "Settings") -> "Settings":
-    """The settings with `gemma` replaced by the folder that it stands for, converted if it must be."""
+    """The settings with `gemma` replaced by the folder that it stands for, converted if it must be.
+
+    Where none is named, it is the base that the last `riverdelta up` on the data folder ran with.
+    """
     from .gemma import NAME, gemma_folder
 
+    settings.base = settings.base or settings.running().get("base", "")
     if settings.base == NAME:
         os.environ["RIVERDELTA_BASE"] = settings.base = str(gemma_folder(lambda step: typer.echo(step, err=True)))
     return settings

@@ -221,7 +221,8 @@ class Settings(BaseSettings):
                 os.environ["RIVERDELTA_CONFIG"] = config
 
     def running(self) -> dict[str, str]:
-        """What the last `riverdelta up` on the data folder told its clients: `bootstrap`, `embedded`, `serving`."""
+        """What the last `riverdelta up` on the data folder told its clients: `bootstrap`, `embedded`, `serving`,
+        `base`."""
         try:
             held = json.loads((self.data / UP_FILE).read_text())
         except (OSError, ValueError):
