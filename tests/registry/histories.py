@@ -1,7 +1,7 @@
 """Random histories of an adapter on a real ledger, with a training that is a pure function of what it is given.
 
-`trained` and `rejected` stand for any trainer that keeps its promise: weights, and a gate's verdict, are functions of the
-parent's weights and the live contents. So what the ledger decides can be compared, digest by digest, with a control
+`trained` and `rejected` stand for any trainer that keeps its promise: weights, and a gate's verdict, are functions of
+the parent's weights and the live contents. So what the ledger decides can be compared, digest by digest, with a control
 ledger in which the forgotten entries arrived as tombstones.
 """
 

@@ -1,0 +1,172 @@
+"""The registry commands, run as a user runs them: tables, JSON, exit codes, and how soon help appears."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+
+from riverdelta.app.main import main
+from riverdelta.core import payload, weights
+from riverdelta.core.recipe import Recipe
+from riverdelta.core.store import ObjectStore, weights_key
+from riverdelta.registry.ledger import Increment, Ledger, Manifest, ManifestEntry, Seal
+
+NAMES = ("ann", "bob")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data folder in which `acme` has two versions, of a segment each, with real payloads and weights."""
+    import torch
+
+    folder = tmp_path / "data"
+    ledger = Ledger.open(f"sqlite:///{folder}/ledger.db")
+    store = ObjectStore(f"file://{folder}/store")
+    ledger.create("acme", Recipe(), "test")
+    for number in range(2):
+        contents = [b'{"type":"example","text":"fact %d"}' % (2 * number + i) for i in range(2)]
+        body, sha = payload.encode(contents)
+        store.put(f"segments/acme/{number}.seg", body)
+        entries = tuple(ManifestEntry(0, 0, 2 * number + i, subjects=(NAMES[i] * 8,)) for i in range(2))
+        place = {("run", 0): (2 * number, 2 * number + 2)}
+        seal = Seal(
+            "acme", 0, 2 * number, Manifest(("run",), entries), "count", f"segments/acme/{number}.seg", sha, place
+        )
+        assert not isinstance(ledger.seal([seal], "test")[0], Exception)
+        prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+        tensors = {f"{prefix}A.weight": torch.full((2, 8), 1.0 + number), f"{prefix}B.weight": torch.ones(8, 2)}
+        data, digest = weights.encode(
+            {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}, tensors
+        )
+        store.put(weights_key(digest), data)
+        ledger.commit(Increment("acme", number + 1, 0, number, digest, "", (), {}, {"losses": [2.0, 1.0]}), "trainer")
+    ledger.close()
+    return folder
+
+
+class Done(NamedTuple):
+    """What a command printed and ended with."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(data: Path, *arguments: str) -> Done:
+    """`riverdelta registry …` on a data folder, with a broker that is away, through the command's own entry point."""
+    out, err = io.StringIO(), io.StringIO()
+    given = {"RIVERDELTA_DATA": str(data), "RIVERDELTA_KAFKA__BOOTSTRAP": "127.0.0.1:1"}
+    with (
+        mock.patch.dict(os.environ, given),
+        mock.patch.object(sys, "argv", ["riverdelta", "registry", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def as_json(data: Path, *arguments: str) -> object:
+    """What a command prints for scripts."""
+    done = run(data, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_rollback_holds_and_resume_ends_it(data: Path) -> None:
+    head = as_json(data, "rollback", "acme", "--reason", "it answers nonsense", "--actor", "ann")
+    assert (head["release"], head["held"]) == (1, 1)
+    assert "(held)" in run(data, "list").stdout
+    assert run(data, "release", "acme@2").returncode == 4
+    assert as_json(data, "resume", "acme", "--tip")["release"] == 2
+    log = run(data, "log", "acme").stdout
+    assert "ann" in log
+    assert "it answers nonsense" in " ".join(log.split())
+
+
+def test_forget_reports_what_it_revoked(data: Path) -> None:
+    from riverdelta.core.keys import SubjectKey
+    from riverdelta.core.settings import Settings
+
+    subject = SubjectKey.open(Settings(data=data).keys_dir).subject("nobody")
+    done = as_json(data, "forget", "--subject", "nobody", "--adapter", "acme", "--request", "r1")
+    assert done["stage"] == "acknowledged"
+    assert done["revoked"] == {}
+    assert (
+        as_json(data, "forget", "--subject", "nobody", "--adapter", "acme", "--request", "r1")["fence"] == done["fence"]
+    )
+    assert [forget["request"] for forget in as_json(data, "list")["forgets"]] == ["r1"]
+    facts = as_json(data, "log", "acme")
+    assert [fact["body"]["subject"] for fact in facts if fact["kind"] == "forget"] == [subject]
+    assert as_json(data, "allow", "--subject", "nobody", "--adapter", "acme") == {"allowed": ["acme"]}
+    assert run(data, "allow", "--subject", "nobody", "--adapter", "acme").returncode == 3
+
+
+def test_verify_names_what_was_damaged(data: Path) -> None:
+    assert run(data, "verify").returncode == 0
+    held = data / "store" / "segments" / "acme" / "1.seg"
+    held.write_bytes(held.read_bytes()[:-1] + b"!")
+    done = run(data, "verify", "acme")
+    assert done.returncode == 7
+    assert "Segment 2" in done.stdout
+
+
+def test_export_can_be_imported_where_it_fits(data: Path, tmp_path: Path, tiny_base: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    done = as_json(data, "export", "acme@1", str(tmp_path / "out"))
+    held = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert torch.equal(next(iter(held.values())), torch.full((2, 8), 1.0))
+    assert done["digest"] == as_json(data, "show", "acme")["versions"][0]["digest"]
+    refused = run(data, "import", "new", str(tmp_path / "out"), "--base", str(tiny_base))
+    assert refused.returncode == 6  # the base's q_proj has other features
+    assert "features" in refused.stderr
+    assert run(data, "show", "new").returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["show", "nobody"], 3),
+        (["create", "Not A Name"], 2),
+        (["create", "acme"], 4),
+        (["create", "new", "--recipe", "/nowhere.toml"], 3),
+        (["release", "acme"], 2),
+        (["release", "acme@9"], 3),
+        (["resume", "acme"], 4),
+        (["resume", "acme", "--tip", "--replay"], 2),
+        (["forget", "--subject", "ann"], 2),
+        (["rollback", "acme@9"], 3),
+        (["export", "nobody", "/tmp/never"], 3),
+        (["nonsense"], 2),
+    ],
+)
+def test_mistakes_have_exit_codes_and_no_traceback(data: Path, arguments: list[str], code: int) -> None:
+    done = run(data, *arguments)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    listed = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "riverdelta.app.main", "registry", "--help"],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+    assert "rollback" in listed.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in listed.stderr.splitlines()}
+    assert not imported & {"torch", "mlflow", "transformers", "sqlalchemy", "kafka", "peft"}
