@@ -25,11 +25,12 @@ class Lora(Struct, frozen=True, forbid_unknown_fields=True):
 class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
     """AdamW (Loshchilov and Hutter 2019).
 
-    `decay` scales the rate by 1 / (1 + decay * position), position in optimiser steps since the adapter began,
-    the steps that tombstones skip counted.
+    Over an increment the rate falls linearly to `final` of what it began with. `decay` scales it by
+    1 / (1 + decay * position), position in micro-batches since the adapter began, those that tombstones skip counted.
     """
 
     learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
+    final: Annotated[float, Meta(ge=0, le=1)] = 1.0
     decay: Annotated[float, Meta(ge=0)] = 0.0
     beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.99

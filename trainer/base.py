@@ -92,6 +92,22 @@ def _tiled(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat([product(tile) for tile in torch.split(x, _TILE)])[:rows]
 
 
+class Apart(nn.Module):
+    """A norm of the base, computed for each adapter's tokens by themselves: how a row is summed may depend on how many
+    rows there are."""
+
+    def __init__(self, norm: nn.Module, step: "Step") -> None:
+        super().__init__()
+        self._norm, self._step = norm, step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, tokens, width], [1, tokens, heads, dim] or [1, heads, tokens, dim] -> the same shape."""
+        tokens = [member.tokens for member in self._step.members]
+        dim = 1 if x.shape[1] == sum(tokens) else 2
+        # One adapter takes this way too: it decides in which order gradients are added.
+        return torch.cat([self._norm(part.clone()) for part in torch.split(x, tokens, dim)], dim)
+
+
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, site: Site) -> Tensor:
@@ -192,6 +208,8 @@ class Base:
                 if type(child) is nn.Linear:
                     full = f"{path}.{name}" if path else name
                     setattr(module, name, Site(full, child, products, self._step))
+                elif "Norm" in type(child).__name__:
+                    setattr(module, name, Apart(child, self._step))
 
 
 def _packs(device: torch.device) -> bool:

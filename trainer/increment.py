@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from riverdelta.core.errors import RiverdeltaError
 from riverdelta.core.recipe import Recipe
@@ -22,10 +23,10 @@ from .base import Base, Member
 from .layout import Batch, Row, arrange, bucket, plan
 from .optimiser import AdamW
 
-# Rows of logits held at once, and the multiple that their number is filled up to: below it, a product's bits depend
-# on how many rows it has.
+# Rows of logits held at once, and the multiple that their number is filled up to, as how a row is summed may depend on
+# how many there are: on a CPU only below 8, on a GPU always.
 _LOGIT_ROWS = 24
-_LOGIT_TILE = 8
+_LOGIT_TILE = {"cpu": 8}
 
 Progress = Callable[[int, int, float], None]
 
@@ -125,7 +126,7 @@ class Learner:
             )
             return
         with torch.no_grad():
-            self.optimiser.step(self.weights.flat, gradient)
+            self.optimiser.step(self.weights.flat, gradient, self.place / len(self.plan))
         self.losses.append(loss)
         self.tokens += tokens
         self.place += 1
@@ -194,7 +195,7 @@ def step(base: Base, learners: Sequence[Learner]) -> None:
     groups = [(learner, rows) for learner in learners if (rows := learner.next_rows())]
     if not groups:
         return
-    batch = arrange([rows for _, rows in groups], pad=0)
+    batch = arrange([rows for _, rows in groups], filler=0)
     members = [
         Member(learner.weights.pairs(), tokens) for (learner, _), tokens in zip(groups, batch.tokens_each, strict=True)
     ]
@@ -218,20 +219,21 @@ def _losses(base: Base, hidden: Tensor, targets: Tensor, batch: Batch) -> tuple[
     Logits exist for `_LOGIT_ROWS` places at a time.
     """
     shares = torch.cat([torch.full((n,), 1.0 / n, device=hidden.device) for n in batch.targets_each])
+    tile = _LOGIT_TILE.get(hidden.device.type, _LOGIT_ROWS)
     slopes, each = [], []
     for first in range(0, hidden.shape[0], _LOGIT_ROWS):
-        part = hidden[first : first + _LOGIT_ROWS]
-        rows = part.shape[0]
-        filled = torch.zeros(-(-rows // _LOGIT_TILE) * _LOGIT_TILE, part.shape[1], device=part.device)
-        filled[:rows] = part
-        filled.requires_grad_()
-        logits = base.logits(filled)[:rows]
-        loss, pull = _cross_entropy(
-            logits.detach().float(), targets[first : first + rows], shares[first : first + rows]
+        rows = min(_LOGIT_ROWS, hidden.shape[0] - first)
+        spare = -rows % tile
+        places, wanted, share = (
+            pad(part[first : first + rows], [0, 0] * (part.dim() - 1) + [0, spare])
+            for part in (hidden, targets, shares)
         )
-        (slope,) = torch.autograd.grad(logits, filled, pull.to(logits.dtype))
+        places.requires_grad_()
+        logits = base.logits(places)
+        loss, pull = _cross_entropy(logits.detach().float(), wanted, share)
+        (slope,) = torch.autograd.grad(logits, places, pull.to(logits.dtype))
         slopes.append(slope[:rows])
-        each.append(loss)
+        each.append(loss[:rows])
     parts = torch.split(torch.cat(each).double().cpu(), list(batch.targets_each))
     return [float(part.sum()) / len(part) for part in parts], torch.cat(slopes)
 

@@ -100,8 +100,8 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def arrange(groups: Sequence[Sequence[Row]], pad: int) -> Batch:
-    """Lay out each adapter's rows, in index order within their buckets; what follows a row in its bucket is `pad`."""
+def arrange(groups: Sequence[Sequence[Row]], filler: int) -> Batch:
+    """Lay out each adapter's rows, in index order within their buckets; `filler` follows a row in its bucket."""
     tokens: list[int] = []
     positions: list[int] = []
     blocks: list[Block] = []
@@ -119,7 +119,7 @@ def arrange(groups: Sequence[Sequence[Row]], pad: int) -> Batch:
                     if label != IGNORE:
                         keep.append(len(tokens) + place)
                         targets.append(label)
-                tokens += [*row.tokens, *[pad] * (length - len(row.tokens))]
+                tokens += [*row.tokens, *[filler] * (length - len(row.tokens))]
                 positions += range(length)
         tokens_each.append(len(tokens) - start)
         targets_each.append(len(targets) - wanted)

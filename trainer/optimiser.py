@@ -10,9 +10,11 @@ from riverdelta.core.recipe import Optimiser
 from riverdelta.core.weights import decode, encode
 
 
-def rate_at(optimiser: Optimiser, position: int) -> float:
-    """The learning rate at a position: optimiser steps since the adapter began, skipped ones counted."""
-    return optimiser.learning_rate / (1.0 + optimiser.decay * position)
+def rate_at(optimiser: Optimiser, position: int, progress: float) -> float:
+    """The learning rate at a position (micro-batches since the adapter began, skipped ones counted), a share `progress`
+    into its increment."""
+    fall = 1.0 - progress * (1.0 - optimiser.final)
+    return optimiser.learning_rate * fall / (1.0 + optimiser.decay * position)
 
 
 class AdamW:
@@ -32,14 +34,14 @@ class AdamW:
         """Pass a micro-batch that has nothing to learn: the position moves, weights and moments do not."""
         self.position += 1
 
-    def step(self, weights: Tensor, gradient: Tensor) -> None:
-        """Move `weights` in place. Both are float32 vectors of the moments' size."""
+    def step(self, weights: Tensor, gradient: Tensor, progress: float) -> None:
+        """Move `weights` in place, a share `progress` into the increment. Both are vectors of the moments' size."""
         r = self.recipe
         if r.clip:
             norm = float(torch.linalg.vector_norm(gradient))
             if norm > r.clip:
                 gradient = gradient * (r.clip / norm)
-        rate = rate_at(r, self.position)
+        rate = rate_at(r, self.position, progress)
         self.position += 1
         self.taken += 1
         self.m.lerp_(gradient, 1.0 - r.beta1)

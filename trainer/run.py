@@ -30,7 +30,8 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
         signal.signal(signal.SIGINT, leave)
 
     from .base import Base
-    from .worker import Stopping, Worker
+    from .patience import Stopping
+    from .worker import Worker
 
     options = settings.trainer
     folder = base_files.resolve(settings.base)

@@ -6,37 +6,31 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
-
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_when_event_set, wait_exponential
 
 from riverdelta.core.digests import digest_of
-from riverdelta.core.errors import Conflict, Corrupt, NotFound, RiverdeltaError, Unavailable
+from riverdelta.core.errors import Corrupt, NotFound, RiverdeltaError, Unavailable
 from riverdelta.core.recipe import Recipe
-from riverdelta.core.store import ObjectStore, state_key, weights_key
-from riverdelta.registry.ledger import Cause, Increment, Ledger, Work
+from riverdelta.core.store import ObjectStore
+from riverdelta.registry.ledger import Ledger, Work
 
 from .base import Base
 from .checkpoints import CheckpointLog
 from .fingerprint import fingerprint
 from .folder import TrainerFolder
-from .increment import Candidate, Learner, step
+from .increment import Learner, step
 from .inputs import read_inputs
+from .lease import Lease
+from .outcomes import Outcomes
 from .packing import packs_exactly
+from .patience import Patience
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-LEASE_SECONDS = 10.0
 # A damaged payload or parent is for people to mend: it is said again this often, and other adapters go on.
 _STALLED_SECONDS = 30.0
 _PROGRESS_SECONDS = 2.0
 # What a step holds at most of several adapters, unless one alone has more.
 _STEP_TOKENS = 4096
-
-
-class Stopping(Exception):
-    """The trainer was told to stop while it waited for something."""
 
 
 @dataclass
@@ -71,16 +65,17 @@ class Worker:
         released: Callable[[str], None],
         most: int = 16,
     ) -> None:
-        """`folder` holds checkpoint logs; `released` hears the adapter after each commit; `most` adapters are trained
+        """`folder` holds checkpoint logs; `released` hears the adapter after each outcome; `most` adapters are trained
         side by side, if that changes no bit."""
         self._ledger, self._store, self._base = ledger, store, base
-        self._holder, self._stop, self._released, self._most = holder, stop, released, most
+        self._stop, self._most = stop, most
+        self._patiently = Patience(stop)
         self._fingerprint = fingerprint(base)
+        self._outcomes = Outcomes(ledger, store, holder, self._fingerprint, self._patiently, released)
         self._active: dict[str, Active] = {}
         self._stalled: dict[str, float] = {}
         self._exact: bool | None = None
-        self._lease_due = 0.0
-        self._acked = self._patiently(lambda: ledger.take_lease(holder, "trainer", LEASE_SECONDS))
+        self._lease = Lease(ledger, holder, self._patiently)
         self._folder = self._patiently(lambda: TrainerFolder(folder, store))
         self._patiently(lambda: self._folder.sweep(self._next_key))
 
@@ -91,7 +86,7 @@ class Worker:
 
     def turn(self) -> bool:
         """Keep the lease, take up what waits, and take one step; False when there was nothing to do."""
-        self._keep_lease()
+        self._lease.keep(self._carry_out, self._drop_all)
         self._drop_overtaken()
         self._take_up()
         if not self._active:
@@ -103,7 +98,6 @@ class Worker:
             self._tell(active)
             if active.learner.done and active.work.adapter.name in self._active:
                 self._finish(active)
-                self._drop(active)
         return True
 
     def close(self) -> None:
@@ -112,32 +106,19 @@ class Worker:
             active.checkpoints.close(active.learner)
         self._active.clear()
         self._folder.close()
-        try:
-            self._ledger.drop_lease(self._holder)
-        except Unavailable as error:
-            log.warning("The lease runs out by itself: %s", error)
+        self._lease.drop()
 
-    # -- lease and fences ------------------------------------------------------------------------------------
+    # -- what the ledger has moved past ----------------------------------------------------------------------
 
-    def _keep_lease(self) -> None:
-        if time.monotonic() < self._lease_due:
-            return
-        try:
-            fence = self._patiently(lambda: self._ledger.renew_lease(self._holder, self._acked))
-            if fence > self._acked:
-                # What a forget touched has another epoch now: dropping that carries out every fence up to here.
-                self._drop_overtaken()
-                self._patiently(lambda: self._folder.sweep(self._next_key, frozenset(self._active)))
-                self._acked = fence
-                self._patiently(lambda: self._ledger.renew_lease(self._holder, fence))
-        except NotFound:
-            log.warning("The lease was given up for lost: beginning anew")
-            for active in self._active.values():
-                active.checkpoints.discard()
-            self._active.clear()
-            self._acked = self._patiently(lambda: self._ledger.take_lease(self._holder, "trainer", LEASE_SECONDS))
-            self._patiently(lambda: self._folder.sweep(self._next_key))
-        self._lease_due = time.monotonic() + LEASE_SECONDS / 5
+    def _carry_out(self) -> None:
+        # What a forget touched has another epoch now: dropping that carries out every fence there is.
+        self._drop_overtaken()
+        self._patiently(lambda: self._folder.sweep(self._next_key, frozenset(self._active)))
+
+    def _drop_all(self) -> None:
+        for active in list(self._active.values()):
+            self._drop(active)
+        self._patiently(lambda: self._folder.sweep(self._next_key))
 
     def _drop_overtaken(self) -> None:
         for active in list(self._active.values()):
@@ -202,7 +183,7 @@ class Worker:
         except (Corrupt, Unavailable):
             raise
         except RiverdeltaError as error:  # the recipe does not fit this base, or the parent does not fit the recipe
-            self._set_aside(work, error)
+            self._outcomes.set_aside(work, error)
             return
         self._stalled.pop(name, None)
         checkpoints = self._folder.open(name, self._key(work))
@@ -261,7 +242,7 @@ class Worker:
         for active in self._active.values():
             targets = tuple(target.module for target in active.learner.weights.shape.targets)
             tokens = active.learner.next_tokens()
-            if room.get(targets, 0) < tokens:
+            if targets not in at or room[targets] < tokens:
                 at[targets], room[targets] = len(groups), _STEP_TOKENS
                 groups.append([])
             groups[at[targets]].append(active)
@@ -296,84 +277,11 @@ class Worker:
             active.told = now
             log.info("%s: step %d of %d, loss %.4f", active.name, learner.place, len(learner.plan), learner.losses[-1])
 
-    # -- outcomes --------------------------------------------------------------------------------------------
-
     def _finish(self, active: Active) -> None:
         try:
             candidate = active.learner.candidate()
         except RiverdeltaError as error:
-            self._set_aside(active.work, error)
-            return
-        work = active.work
-        self._patiently(lambda: self._store.put(weights_key(candidate.digest), candidate.weights))
-        self._patiently(lambda: self._store.put(state_key(candidate.state_digest), candidate.state))
-        increment = Increment(
-            work.adapter.name,
-            work.segment.number,
-            work.adapter.epoch,
-            work.parent.number if work.parent else 0,
-            candidate.digest,
-            candidate.state_digest,
-            tuple(sorted(active.saw)),
-            self._fingerprint,
-            {**candidate.metrics, "seconds": round(time.monotonic() - active.began, 3)},
-        )
-        try:
-            version = self._patiently(lambda: self._ledger.commit(increment, self._holder))
-        except Conflict as refused:
-            log.info("Dropped %s: %s", active.name, refused)
-            self._discard(candidate)
-            return
-        log.info(
-            "Committed %s@%d, digest %s, in %.1f s",
-            version.adapter,
-            version.number,
-            version.digest[:12],
-            time.monotonic() - active.began,
-        )
-        self._released(version.adapter)
-
-    def _set_aside(self, work: Work, reason: RiverdeltaError) -> None:
-        name, number = work.adapter.name, work.segment.number
-        parent = work.parent.number if work.parent else 0
-        log.error("Segment %d of %s is set aside: %s", number, name, reason)
-        try:
-            self._patiently(
-                lambda: self._ledger.set_aside(
-                    name, number, work.adapter.epoch, parent, Cause.ERROR, str(reason), self._holder
-                )
-            )
-        except Conflict as refused:
-            log.info("Dropped that outcome: %s", refused)
-            return
-        self._released(name)
-
-    def _discard(self, candidate: Candidate) -> None:
-        """Refused work may hold what must not be kept."""
-        used = self._patiently(self._ledger.digests_in_use)
-        if candidate.digest not in used:
-            self._patiently(lambda: self._store.delete(weights_key(candidate.digest)))
-        if candidate.state_digest not in used:
-            self._patiently(lambda: self._store.delete(state_key(candidate.state_digest)))
-
-    def _patiently(self, action: Callable[[], T]) -> T:
-        """Wait out a ledger or store that is away; `Stopping` when told to stop meanwhile."""
-
-        def tell(state: RetryCallState) -> None:
-            log.warning("Waiting: %s", state.outcome.exception() if state.outcome else "")
-
-        def nap(seconds: float) -> None:
-            self._stop.wait(seconds)
-
-        def give_up(_: RetryCallState) -> T:
-            raise Stopping
-
-        retrying = Retrying(
-            retry=retry_if_exception_type(Unavailable),
-            wait=wait_exponential(multiplier=0.2, max=10),
-            stop=stop_when_event_set(self._stop),
-            sleep=nap,
-            before_sleep=tell,
-            retry_error_callback=give_up,
-        )
-        return retrying(action)
+            self._outcomes.set_aside(active.work, error)
+        else:
+            self._outcomes.commit(active.work, candidate, active.saw, time.monotonic() - active.began)
+        self._drop(active)

@@ -77,7 +77,7 @@ def test_the_weights_load_in_peft_and_answer_alike(bases: dict[str, Path], base:
     learner = Learner(base, recipe(), 5, contents(5), [], made.weights, made.state)
     row = learner.rows[0]
     assert row is not None
-    batch = arrange([[row]], pad=0)
+    batch = arrange([[row]], filler=0)
     member = Member(learner.weights.pairs(), batch.tokens_each[0])
     with torch.no_grad():
         hidden = base.hidden(torch.tensor(batch.tokens), torch.tensor(batch.positions), [member], batch.blocks)

@@ -148,6 +148,6 @@ def test_a_fence_is_acknowledged_only_after_what_it_touches_is_dropped(stack: St
     trainer.turn()
     fence = stack.forget("acme", "ann").fence
     assert [lease.holder for lease in stack.ledger.unacknowledged(fence, ("trainer",))] == ["trainer-test"]
-    trainer._lease_due = 0.0
+    trainer._lease._due = 0.0
     trainer.turn()
     assert stack.ledger.unacknowledged(fence, ("trainer",)) == []

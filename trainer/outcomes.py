@@ -1,0 +1,76 @@
+"""What becomes of an increment in the ledger: committed, set aside with a reason, or refused and removed."""
+
+import logging
+from collections.abc import Callable, Collection
+from typing import Any
+
+from riverdelta.core.errors import Conflict, RiverdeltaError
+from riverdelta.core.store import ObjectStore, state_key, weights_key
+from riverdelta.registry.ledger import Cause, Increment, Ledger, Work
+
+from .increment import Candidate
+from .patience import Patience
+
+log = logging.getLogger(__name__)
+
+
+class Outcomes:
+    """Writes outcomes under a trainer's name; `told` hears the adapter after each."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        store: ObjectStore,
+        holder: str,
+        fingerprint: dict[str, Any],
+        patiently: Patience,
+        told: Callable[[str], None],
+    ) -> None:
+        self._ledger, self._store, self._holder = ledger, store, holder
+        self._fingerprint, self._patiently, self._told = fingerprint, patiently, told
+
+    def commit(self, work: Work, candidate: Candidate, saw: Collection[int], seconds: float) -> None:
+        """Files first, then the ledger; a ledger that has moved on refuses, and the files go again."""
+        self._patiently(lambda: self._store.put(weights_key(candidate.digest), candidate.weights))
+        self._patiently(lambda: self._store.put(state_key(candidate.state_digest), candidate.state))
+        increment = Increment(
+            work.adapter.name,
+            work.segment.number,
+            work.adapter.epoch,
+            work.parent.number if work.parent else 0,
+            candidate.digest,
+            candidate.state_digest,
+            tuple(sorted(saw)),
+            self._fingerprint,
+            {**candidate.metrics, "seconds": round(seconds, 3)},
+        )
+        try:
+            version = self._patiently(lambda: self._ledger.commit(increment, self._holder))
+        except Conflict as refused:
+            log.info("Dropped %s segment %d: %s", work.adapter.name, work.segment.number, refused)
+            self._remove(candidate)
+            return
+        log.info("Committed %s@%d, digest %s, in %.1f s", version.adapter, version.number, version.digest[:12], seconds)
+        self._told(version.adapter)
+
+    def set_aside(self, work: Work, reason: RiverdeltaError) -> None:
+        """The segment is not learned, and the ledger says why."""
+        name, number, epoch = work.adapter.name, work.segment.number, work.adapter.epoch
+        parent = work.parent.number if work.parent else 0
+        log.error("Segment %d of %s is set aside: %s", number, name, reason)
+        try:
+            self._patiently(
+                lambda: self._ledger.set_aside(name, number, epoch, parent, Cause.ERROR, str(reason), self._holder)
+            )
+        except Conflict as refused:
+            log.info("Dropped that outcome: %s", refused)
+            return
+        self._told(name)
+
+    def _remove(self, candidate: Candidate) -> None:
+        # Refused work may hold what must not be kept; equal files may be an accepted version's.
+        used = self._patiently(self._ledger.digests_in_use)
+        if candidate.digest not in used:
+            self._patiently(lambda: self._store.delete(weights_key(candidate.digest)))
+        if candidate.state_digest not in used:
+            self._patiently(lambda: self._store.delete(state_key(candidate.state_digest)))
