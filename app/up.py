@@ -20,6 +20,7 @@ _PARTS = {
     "registry": ["registry", "run"],
 }
 _LISTEN_SECONDS = 30
+_READY_SECONDS = 0.5  # between two looks at whether the server is ready
 
 
 def run(settings: Settings) -> int:
@@ -91,6 +92,7 @@ class _Up:
         self._brokers = -1  # the broker's run that topics were made on
         self._ready = False
         self._began = time.monotonic()
+        self._look_at = 0.0
 
     def run(self) -> int:
         """Until it ends."""
@@ -124,7 +126,7 @@ class _Up:
             self._make_topics(children)
             self._brokers = brokers
             children.start_others()
-        elif not self._ready and self._answers():
+        elif not self._ready and time.monotonic() > self._look_at and self._answers():
             self._ready = True
             children.say(_card(self._settings, time.monotonic() - self._began))
 
@@ -144,6 +146,7 @@ class _Up:
             children.give_up(error.exit_code, f"The topics cannot be made: {error}")
 
     def _answers(self) -> bool:
+        self._look_at = time.monotonic() + _READY_SECONDS
         try:
             with urllib.request.urlopen(f"{self._settings.serving_url}/readyz", timeout=0.5) as answer:  # noqa: S310
                 return bool(answer.status == 200)

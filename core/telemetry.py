@@ -50,5 +50,7 @@ def set_up_logs(level: str = "") -> None:
         handlers=[handler],
         force=True,
     )
-    for noisy in ("alembic", "kafka", "httpx", "mlflow", "urllib3"):
+    for noisy in ("alembic", "httpx", "mlflow", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Its warnings are about its own loop on a busy machine; who uses it says what did not work.
+    logging.getLogger("kafka").setLevel(logging.ERROR)

@@ -94,7 +94,7 @@ class Envelope:
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float, said: dict[str, Any]) -> None:
         route = getattr(scope.get("route"), "path", "other")
         self._metrics.http(route, status)
-        level = logging.DEBUG if route in (*_OPEN, "/metrics") and status == 200 else logging.INFO
+        level = logging.DEBUG if route in (*_OPEN, "/metrics") and status in (200, 503) else logging.INFO
         fields = {"request_id": request_id, "route": route, "status": status, "seconds": round(seconds, 4), **said}
         log.log(level, "%s %s", scope["method"], route, extra=fields)
 
