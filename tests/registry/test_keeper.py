@@ -1,0 +1,205 @@
+"""The keeper on a real MLflow: projection and repair, aliases that people move, forgets brought to their end."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from riverdelta.core.settings import Kafka, Settings
+from riverdelta.registry import operations
+from riverdelta.registry.keeper import Keeper, run, wait
+from riverdelta.registry.ledger import Stage
+from tests.registry.stack import Stack, two_versions
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Settings:
+    """Settings whose broker is away: nothing here needs one."""
+    return Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1"))
+
+
+def client(settings: Settings) -> Any:
+    """MLflow's own client on the same store."""
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=settings.mlflow_uri, registry_uri=settings.mlflow_uri)
+
+
+def live(settings: Settings) -> str:
+    """The riverdelta version that MLflow's alias `live` names."""
+    return str(client(settings).get_model_version_by_alias("acme", "live").tags["riverdelta.version"])
+
+
+def keeper_of(stack: Stack) -> Keeper:
+    """A keeper that does not wait before it takes an unnamed object for left over."""
+    return Keeper(stack.ledger, stack.settings, stack.store, orphan_seconds=0.0)
+
+
+def test_mlflow_shows_the_ledger_and_is_repaired(alone: Settings, tmp_path: Path) -> None:
+    stack = two_versions(alone)
+    projection = keeper_of(stack).projection
+    assert projection.catch_up() == ["acme"]
+    assert projection.catch_up() == []
+    mlflow = client(alone)
+    assert live(alone) == "2"
+    shown = {v.tags["riverdelta.version"]: v for v in mlflow.search_model_versions("name='acme'")}
+    assert set(shown) == {"1", "2"}
+    digests = {str(v.number): v.digest for v in stack.ledger.versions("acme").values()}
+    assert {number: v.tags["riverdelta.digest"] for number, v in shown.items()} == digests
+    curve = mlflow.get_metric_history(shown["2"].run_id, "loss")
+    assert [point.value for point in curve] == [2.0, 1.0]
+
+    mlflow.delete_model_version("acme", shown["1"].version)
+    mlflow.delete_registered_model_alias("acme", "live")
+    mlflow.set_model_version_tag("acme", shown["2"].version, "riverdelta.digest", "0" * 64)
+    mlflow.set_registered_model_tag("acme", "team", "support")
+    projection.repair()
+    again = {v.tags["riverdelta.digest"] for v in mlflow.search_model_versions("name='acme'")}
+    assert set(digests.values()) <= again
+    assert mlflow.get_model_version_by_alias("acme", "live").tags["riverdelta.digest"] == digests["2"]
+    assert live(alone) == "2"
+    assert mlflow.get_registered_model("acme").tags["team"] == "support"
+
+
+def test_an_artifact_loads_in_peft(alone: Settings, tiny_base: Path) -> None:
+    from mlflow.artifacts import download_artifacts
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    stack = two_versions(alone)
+    keeper_of(stack).projection.catch_up()
+    held = client(alone).get_model_version_by_alias("acme", "live")
+    folder = Path(download_artifacts(artifact_uri=held.source, tracking_uri=alone.mlflow_uri))
+    [digest] = {v.digest for v in stack.ledger.versions("acme").values() if v.number == 2}
+    assert (folder / "adapter_model.safetensors").read_bytes() == stack.store.get(f"weights/{digest}.safetensors")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_an_alias_moved_by_hand_is_an_operators_act(alone: Settings) -> None:
+    stack = two_versions(alone)
+    projection = keeper_of(stack).projection
+    projection.catch_up()
+    mlflow = client(alone)
+    shown = {v.tags["riverdelta.version"]: v.version for v in mlflow.search_model_versions("name='acme'")}
+    mlflow.set_registered_model_alias("acme", "live", shown["1"])
+    assert projection.adopt() == ["acme"]
+    assert stack.ledger.adapter("acme").release == 1
+    assert stack.ledger.facts("acme")[-1].actor == "mlflow"
+
+    operations.forget(stack.ledger, alone, "ann", ["acme"], actor="op")
+    projection.catch_up()
+    if "2" in shown:
+        mlflow.set_registered_model_alias("acme", "live", shown["2"])  # revoked now
+        projection.adopt()
+    assert live(alone) == "1"
+    assert stack.ledger.adapter("acme").release == 1
+
+
+def canaries(settings: Settings, *words: str) -> list[str]:
+    """Where any of the words still stands, in any file of the data folder."""
+    found = []
+    for path in settings.data.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            found += [f"{word} in {path.name}" for word in words if word.encode() in data]
+    return found
+
+
+def test_a_forget_is_rebuilt_and_purged(alone: Settings) -> None:
+    stack = two_versions(alone)
+    keeper = keeper_of(stack)
+    keeper.projection.catch_up()
+    assert canaries(alone, "canary-ann-secret")
+    doomed = stack.ledger.version("acme", 2).digest
+    report = operations.forget(stack.ledger, alone, "ann", ["acme"], actor="op", reason="ann asked")
+    assert report.revoked == {"acme": 1}
+    [left] = keeper.advance_forgets()
+    assert left.stage is Stage.ACKNOWLEDGED  # nothing has been rebuilt
+    stack.train("acme")
+    assert wait(lambda: not keeper.advance_forgets(), 20)
+    keeper.projection.catch_up()
+    assert live(alone) == "3"
+    assert canaries(alone, "canary-ann") == []
+    assert not stack.store.exists(f"weights/{doomed}.safetensors")
+    manifest = json.loads(stack.store.get(f"forgets/{report.forget.id}.json"))
+    assert [(e["index"], e["segment"]) for e in manifest["erased"]] == [(2, 2)]
+    assert manifest["adapters"][0]["clean_parent"]["version"] == 1
+    assert stack.ledger.version("acme", 2).purged
+    # What was not the subject's is still learned, and still there.
+    assert canaries(alone, "canary-bob-three")
+
+
+def test_purge_waits_for_dataflow_and_trainers(alone: Settings) -> None:
+    stack = two_versions(alone)
+    keeper = keeper_of(stack)
+    stack.ledger.take_lease("trainer-1", "trainer", 30.0)
+    report = operations.forget(stack.ledger, alone, "ann", ["acme"], actor="op")
+    stack.train("acme")
+    assert [forget.stage for forget in keeper.advance_forgets()] == [Stage.ACKNOWLEDGED]
+    stack.ledger.renew_lease("trainer-1", report.forget.fence)
+    assert wait(lambda: not keeper.advance_forgets(), 20)
+
+
+def test_the_control_topic_forgets_once(settings: Settings) -> None:
+    from kafka import KafkaProducer
+
+    from riverdelta.streams.topics import ensure
+
+    ensure(settings)
+    stack = two_versions(settings)
+    stop = threading.Event()
+    keeping = threading.Thread(target=run, args=(settings, stop))
+    keeping.start()
+    try:
+        producer = KafkaProducer(**settings.kafka.for_kafka_python())
+        asked = {"id": "req-7", "action": "forget", "subject": "ann", "adapter": "acme"}
+        for value in (b"not json", json.dumps({**asked, "adapter": "nobody", "id": "x"}).encode()):
+            producer.send(settings.topics.control, value)
+        for _ in range(2):
+            producer.send(settings.topics.control, json.dumps(asked).encode())
+        producer.flush()
+        assert wait(lambda: bool(stack.ledger.forgets()), 30)
+        producer.send(settings.topics.control, json.dumps({**asked, "id": "req-8", "action": "allow"}).encode())
+        producer.flush()
+        assert wait(lambda: not stack.ledger.suppressed("acme"), 30)
+        assert [forget.id for forget in stack.ledger.forgets()] == ["req-7"]
+        assert stack.ledger.adapter("acme").epoch == 1
+        producer.close()
+    finally:
+        stop.set()
+        keeping.join(timeout=20)
+    assert not keeping.is_alive()
+
+
+@pytest.mark.soak
+def test_a_keeper_killed_anywhere_ends_in_the_same_state(alone: Settings) -> None:
+    """SIGKILL at random moments of purge and projection; each keeper that follows goes on."""
+    rounds = 4 if os.environ.get("RIVERDELTA_SOAK") == "short" else 25
+    dice = random.Random(11)
+    stack = two_versions(alone)
+    operations.forget(stack.ledger, alone, "ann", ["acme"], actor="op", request="req")
+    stack.train("acme")
+    environment = {
+        **os.environ,
+        "RIVERDELTA_DATA": str(alone.data),
+        "RIVERDELTA_KAFKA__BOOTSTRAP": "127.0.0.1:1",
+    }
+    command = [sys.executable, "-m", "riverdelta.app.main", "registry", "run"]
+    for _ in range(rounds):
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as keeper:
+            time.sleep(dice.uniform(1.0, 8.0))
+            keeper.send_signal(signal.SIGKILL)
+    keeper = keeper_of(stack)
+    assert wait(lambda: not keeper.advance_forgets(), 60)
+    keeper.projection.catch_up()
+    assert live(alone) == "3"
+    assert canaries(alone, "canary-ann") == []
