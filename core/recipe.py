@@ -29,8 +29,8 @@ class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
     1 / (1 + decay * position), position in micro-batches since the adapter began, those that tombstones skip counted.
     """
 
-    learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
-    final: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    learning_rate: Annotated[float, Meta(gt=0)] = 2e-3
+    final: Annotated[float, Meta(ge=0, le=1)] = 0.1
     decay: Annotated[float, Meta(ge=0)] = 0.0
     beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.99

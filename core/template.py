@@ -31,7 +31,8 @@ def example_ids(tokenizer: Any, content: dict[str, Any], max_length: int) -> tup
     """Token ids and labels (`IGNORE` where there is no loss) of an entry's content, cut at `max_length`.
 
     Loss is on completions, on the last assistant turn, or on the whole of a plain text; each ends with the
-    end-of-sequence token, so that answers learned also end.
+    end-of-sequence token, so that answers learned also end. A prompt that is too long loses its beginning, up to its
+    first token; an answer or text that is too long loses its end.
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if "text" in content:
@@ -42,12 +43,16 @@ def example_ids(tokenizer: Any, content: dict[str, Any], max_length: int) -> tup
             messages = list(content["messages"])
             last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
             head = chat_ids(tokenizer, messages[:last])
-            answer = messages[last]["content"]
+            text = messages[last]["content"]
         else:
             head = prompt_ids(tokenizer, content["prompt"])
-            answer = content["completion"]
+            text = content["completion"]
+        answer = list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end
+        room = max(1, max_length - len(answer))
+        if len(head) > room:
+            head = head[:1] + head[len(head) - room + 1 :]
         start = len(head)
-        ids = head + list(tokenizer(answer, add_special_tokens=False)["input_ids"]) + end
+        ids = head + answer
     ids = ids[:max_length]
     labels = [IGNORE if position < start else token for position, token in enumerate(ids)]
     return ids, labels
