@@ -62,6 +62,8 @@ def _section(title: str, about: str, prefix: str, fields: dict[str, FieldInfo]) 
 
 
 def _type(annotation: Any) -> str:
+    if get_origin(annotation) is list:
+        return f"list of {_type(get_args(annotation)[0])}"
     if get_origin(annotation) is not None:
         return " or ".join(
             f"`{argument}`" if isinstance(argument, str) else _type(argument)

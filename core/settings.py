@@ -147,8 +147,13 @@ class Serving(_Part):
     threads: int = Field(0, ge=0)
     batch_invariant: bool = False
     api_keys: str = Field("", description="TOML file of keys; needed to bind anything but loopback")
-    lease_seconds: float = Field(3.0, gt=0)
-    poll_seconds: float = Field(0.1, gt=0)
+    interactions: list[str] = Field(
+        [], description="adapters whose answers are published as interaction events; `*` means all"
+    )
+    lease_seconds: float = Field(
+        10.0, gt=0, description="how long a server may go without the ledger, and a forget waits for one that is gone"
+    )
+    poll_seconds: float = Field(0.1, gt=0, description="how often the ledger is read when no wake-up comes")
 
 
 class Registry(_Part):
