@@ -14,6 +14,7 @@ from .answers import ChatShape, CompletionShape, Shape
 from .engine import Event, FinishEvent, SamplingParams, TokenEvent
 from .errors import ModelNotFound
 from .generation import Answer
+from .interactions import Asked
 from .keys import Caller
 from .requests import ChatRequest, CompletionRequest
 from .server import Server
@@ -27,9 +28,8 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 class AnswerResponse(Response):
     """Sends an answer, and ends its generation when the client goes away."""
 
-    def __init__(self, server: Server, answer: Answer, stream: bool, include_usage: bool) -> None:
-        self._server, self._answer = server, answer
-        self._stream, self._include_usage = stream, include_usage
+    def __init__(self, server: Server, answer: Answer, body: CompletionRequest | ChatRequest) -> None:
+        self._server, self._answer, self._body = server, answer, body
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,15 +44,28 @@ class AnswerResponse(Response):
 
         watch = create_task(cancel_when_gone())
         try:
-            if self._stream:
-                said["end"] = await send_stream(writers, send, answer.frames(self._include_usage), {}, digest)
+            if self._body.stream:
+                frames = answer.frames(self._body.include_usage)
+                said["end"] = await send_stream(writers, send, frames, {}, digest)
             else:
                 await send_json(writers, send, 200, await answer.collect(), {}, digest)
+                said["end"] = "ok"
+            if said["end"] == "ok" and self._server.interactions.wants(answer.bound.adapter):
+                self._publish()
         finally:
             watch.cancel()
             answer.cancel()
             usage = answer.counted()
             said.update({name: usage[name] for name in ("prompt_tokens", "completion_tokens")})
+
+    def _publish(self) -> None:
+        body = self._body
+        subject = body.safety_identifier or body.user or ""
+        if isinstance(body, ChatRequest):
+            turns = tuple(message.turn() for message in body.messages)
+            self._server.interactions.publish(self._answer, Asked(subject, messages=turns))
+        elif isinstance(body.prompts[0], str):  # token ids tell nobody anything
+            self._server.interactions.publish(self._answer, Asked(subject, tuple(str(text) for text in body.prompts)))
 
 
 def visible(text: str, caller: Caller) -> ModelRef:
@@ -100,7 +113,7 @@ def routes(server: Server) -> APIRouter:
         prompts = await server.generator.completion_prompts(body)
         sampling = body.sampling(16 if body.max_tokens is None else body.max_tokens, body.logprobs)
         answer = await begin(request, body, CompletionShape(), prompts, sampling, ref)
-        return AnswerResponse(server, answer, bool(body.stream), body.include_usage)
+        return AnswerResponse(server, answer, body)
 
     @router.post("/v1/chat/completions", responses=ANSWERS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -110,6 +123,6 @@ def routes(server: Server) -> APIRouter:
         limit = body.max_completion_tokens or body.max_tokens or server.generator.room(prompt)
         sampling = body.sampling(limit, (body.top_logprobs or 0) if body.logprobs else None)
         answer = await begin(request, body, ChatShape(), [prompt], sampling, ref)
-        return AnswerResponse(server, answer, bool(body.stream), body.include_usage)
+        return AnswerResponse(server, answer, body)
 
     return router

@@ -41,6 +41,7 @@ class Metrics:
         self._fence_seconds = Histogram(
             "fence_seconds", "From reading a fence to being able to acknowledge it.", buckets=_SECONDS, **given
         )
+        self._interactions = Counter("interactions", "Interaction events by what became of them.", ("end",), **given)
         self._recent: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._reasons: set[str] = set()
 
@@ -72,6 +73,10 @@ class Metrics:
     def http(self, route: str, status: int) -> None:
         """Any request was answered. `route` is one of the application's own paths."""
         self._http.labels(route, str(status)).inc()
+
+    def interaction(self, end: str) -> None:
+        """An interaction event was `sent` or `dropped`."""
+        self._interactions.labels(end).inc()
 
     def fence(self, seconds: float) -> None:
         """A fence was carried out."""

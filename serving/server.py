@@ -17,6 +17,7 @@ from .engine import Engine, EngineConfig, EngineStopped
 from .fleet import Fleet
 from .follower import Follower
 from .generation import Generator
+from .interactions import Interactions
 from .keys import Keys
 from .metrics import Metrics
 from .permit import Permit
@@ -38,6 +39,7 @@ class Server:
         self.metrics = Metrics()
         self.permit = Permit()
         self.writers = Writers(self.permit)
+        self.interactions = Interactions(settings, self.metrics)
         self.started_at = int(time.time())
         self.failure: Exception | None = None
         self._engine: Engine | None = None
@@ -53,6 +55,7 @@ class Server:
 
     def start(self) -> None:
         """Load the base, take the lease, then read the releases. Blocks until the follower runs."""
+        self.interactions.start()
         folder = base.resolve(self.settings.base)
         log.info("loading the base model %s", folder)
         began = time.monotonic()
@@ -100,6 +103,7 @@ class Server:
         if self._engine is not None:
             self._engine.stop()
         self.permit.stop()
+        self.interactions.stop()
         if self._fleet is not None:
             self._fleet.close()
         if self._follower is not None:
