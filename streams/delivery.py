@@ -34,6 +34,7 @@ class Delivery:
                 "message.max.bytes": 8 * 1024 * 1024,
                 "topic.metadata.refresh.interval.ms": 5000,
                 "log_level": 2,
+                "reconnect.backoff.max.ms": 1000,
             }
         )
 

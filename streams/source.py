@@ -79,7 +79,7 @@ class Reader(StatelessSourcePartition[Read]):  # type: ignore[misc]
         from confluent_kafka import Consumer
         from confluent_kafka.admin import AdminClient
 
-        common = {**settings.kafka.for_confluent(), "log_level": 2}
+        common = {**settings.kafka.for_confluent(), "log_level": 2, "reconnect.backoff.max.ms": 1000}
         self._name = settings.topics.events
         self._worker, self._workers = worker, workers
         self._floors = floors
