@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from riverdelta.core.events import Interaction
+from riverdelta.core.events import ContractError, Interaction, checked
 from riverdelta.core.settings import Settings
 from riverdelta.core.telemetry import now
 
@@ -80,6 +80,10 @@ class Interactions:
                 completion=text,
                 **said,
             )
+            try:
+                checked(event)
+            except ContractError:
+                continue  # an empty answer, say
             self._offer((event.adapter.encode(), msgspec.json.encode(event)))
 
     def _offer(self, item: tuple[bytes, bytes] | None) -> None:
