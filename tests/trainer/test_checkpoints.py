@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -122,47 +120,39 @@ def test_a_full_disk_pauses_training_and_loses_nothing(
     assert read(tmp_path / "acme", "k").state is not None
 
 
-_CHILD = """
-import sys
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from riverdelta.trainer import checkpoints
-from riverdelta.trainer.base import Base
-from tests.trainer.test_checkpoints import CheckpointLog, begin, step
-checkpoints._SHARE = 1e9
-base = Base.load(Path({model!r}), threads=1)
-print("ready", flush=True)
-for line in sys.stdin:
-    learner, log = begin(base), CheckpointLog(Path(line.strip()), "k")
-    log.resume(learner)
-    print("begun", learner.place, flush=True)
-    while not learner.done:
-        step(base, [learner])
-        log.record(learner)
-        print("step", learner.place, flush=True)
-    log.close(learner)
-    print("done", flush=True)
-"""
+@pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.soak)])
+def test_killed_at_random_moments(base: Base, whole: Candidate, tmp_path: Path, kills: int) -> None:
+    """However often it is killed, an increment ends as if left alone, and keeps every step that it logged."""
+    draw = random.Random(kills)
+    for number in range(kills):
+        folder = tmp_path / str(number)
+        for _ in range(draw.randrange(1, 4)):
+            _train_until_killed(base, folder, after=draw.randrange(0, 16), delay=draw.random() * 0.01)
+        held = read(folder, "k")
+        learner, log = begin(base), CheckpointLog(folder, "k")
+        spared = log.resume(learner)
+        assert spared == (held.state.place if held.state else 0)
+        assert all(step > spared for step in held.losses)
+        assert finish(base, learner, log) == whole
 
 
-@pytest.mark.soak
-def test_sigkill_at_random_moments(base: Base, bases: dict[str, Path], whole: Candidate, tmp_path: Path) -> None:
-    """A process killed a hundred times ends where one that was left alone does, and takes no logged step back."""
-    draw = random.Random(1)
-    code = _CHILD.format(root=str(Path(__file__).parents[2]), model=str(bases["llama"]))
-    for kill in range(100):
-        folder = tmp_path / f"run-{kill}"
-        child = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert child.stdin is not None
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        child.stdin.write(f"{folder}\n")
-        child.stdin.flush()
-        time.sleep(draw.random() * 0.2)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+def _train_until_killed(base: Base, folder: Path, after: int, delay: float) -> None:
+    """Fork a process that goes on with the increment, and kill it some time after so many steps."""
+    heard, said = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(heard)
         learner, log = begin(base), CheckpointLog(folder, "k")
         log.resume(learner)
-        assert finish(base, learner, log) == whole
+        while not learner.done:
+            step(base, [learner])
+            log.record(learner)
+            os.write(said, b".")
+        os._exit(0)
+    os.close(said)
+    while after > 0 and (got := os.read(heard, after)):
+        after -= len(got)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(heard)
