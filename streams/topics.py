@@ -69,7 +69,7 @@ def admin(settings: Settings) -> Iterator[Any]:
     except (AuthorizationError, ClusterAuthorizationFailedError, TopicAuthorizationFailedError) as error:
         raise Refused(
             f"{where} does not let this client do that: {error!r}.",
-            "Create the topics with another client (docs/topics.md), or grant it more.",
+            "Create the topics with another client (docs/operations.md), or grant it more.",
         ) from error
     except (KafkaError, OSError) as error:
         raise Unavailable(f"The broker at {where} does not answer: {error!r}.", "Is it running?") from error
