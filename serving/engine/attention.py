@@ -1,6 +1,6 @@
 """Attention over the paged KV cache, as a function that Hugging Face's own attention modules call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -50,7 +50,9 @@ class StepContext:
     chunks: list[Chunk] = field(default_factory=list)
     options: dict[int, "AttentionOptions"] = field(default_factory=dict)
     """By layer: what the model's module passed, for who replaces that module."""
-    _windows: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    exact: bool = False
+    """Whether a row's arithmetic must not depend on its batch mates."""
+    _views: dict[int | None, list["View"]] = field(default_factory=dict)
     _derived: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def once(self, source: Tensor, derive: Callable[[Tensor], Tensor]) -> Tensor:
@@ -59,29 +61,48 @@ class StepContext:
             self._derived[id(source)] = (source, derive(source))
         return self._derived[id(source)][1]
 
-    def window(self, size: int | None) -> tuple[Tensor, Tensor]:
-        """What decoding rows see through a sliding window: blocks int64 [decodes, n], and what to add to their
-        scores [decodes, 1, 1, n * block_size]. Every layer of that window shares it."""
-        if size not in self._windows:
-            self._windows[size] = self._window(size)
-        return self._windows[size]
+    def views(self, window: int | None) -> list["View"]:
+        """What decoding rows see through a sliding window; every layer of that window shares it."""
+        if window not in self._views:
+            self._views[window] = list(self._split(window))
+        return self._views[window]
 
-    def _window(self, size: int | None) -> tuple[Tensor, Tensor]:
-        block, device = self.cache.block_size, self.tables.device
-        lengths = self.lengths[:, None].long()
-        width = -(-int(self.lengths.max()) // block)
+    def _split(self, window: int | None) -> Iterator["View"]:
+        lengths = self.lengths.long()
+        widths = -(-lengths // self.cache.block_size)
+        if not self.exact:
+            yield self._view(lengths, self.tables, int(widths.max()), window, None)
+            return
+        # A sum's order depends on its length: each row is padded to a length that is its own.
+        widths = 2 ** widths.clamp_min(4).double().log2().ceil().long()
+        for width in sorted(set(widths.tolist())):
+            rows = (widths == width).nonzero()[:, 0]
+            yield self._view(lengths[rows], self.tables[rows], width, window, rows)
+
+    def _view(self, lengths: Tensor, tables: Tensor, width: int, window: int | None, rows: Tensor | None) -> "View":
+        block, device = self.cache.block_size, tables.device
+        lengths = lengths[:, None]
         index = torch.arange(width, device=device)[None].expand(len(lengths), -1)
-        if size is not None and (seen := size // block + 2) < width:
-            index = torch.arange(seen, device=device)[None] + (lengths - size).clamp_min(0) // block
+        if window is not None and (seen := window // block + 2) < width:
+            index = torch.arange(seen, device=device)[None] + (lengths - window).clamp_min(0) // block
         at = (index[:, :, None] * block + torch.arange(block, device=device)).flatten(1)
         hidden = at >= lengths
-        if size is not None:
-            hidden |= at < lengths - size
-        tables = self.tables.long().gather(1, index.clamp_max(self.tables.shape[1] - 1))
+        if window is not None:
+            hidden |= at < lengths - window
+        blocks = tables.long().gather(1, index.clamp_max(tables.shape[1] - 1))
         # A block past a sequence's end may be another's: what is hidden must also be finite.
-        tables = torch.where(index * block < lengths, tables, self.cache.blocks)
+        blocks = torch.where(index * block < lengths, blocks, self.cache.blocks)
         bias = torch.zeros(at.shape, dtype=self.cache.dtype, device=device).masked_fill_(hidden, float("-inf"))
-        return tables, bias[:, None, None]
+        return View(rows, blocks.flatten(), bias[:, None, None])
+
+
+class View(NamedTuple):
+    """Part of the decoding rows, their `rows` (None: all), and what they attend to: `blocks` [rows * n], the blocks of
+    one after the other, and what to add to their scores, `bias` [rows, 1, 1, n * block_size]."""
+
+    rows: Tensor | None
+    blocks: Tensor
+    bias: Tensor
 
 
 class KVCache:
@@ -103,7 +124,9 @@ class KVCache:
     @torch.inference_mode()
     def zero(self, blocks: list[int]) -> None:
         """Erase what the blocks hold: values of whoever held them last must not meet another's mask as NaN."""
-        at = torch.tensor(blocks, device=self.device)
+        if not blocks:
+            return
+        at = torch.tensor(blocks, dtype=torch.int64, device=self.device)
         for k, v in self.layers.values():
             k.index_fill_(0, at, 0)
             v.index_fill_(0, at, 0)
@@ -166,15 +189,23 @@ def _decode(
     if use_triton(rows):
         args = (k_cache, v_cache, paged.tables, paged.lengths, scale, window)
         return paged_attention_decode(rows.contiguous(), *args)
-    tables, bias = paged.window(window)
+    views = paged.views(window)
+    if views[0].rows is None:
+        return _attend(rows, k_cache, v_cache, views[0], scale)
+    out = torch.empty_like(rows)
+    for view in views:
+        out[view.rows] = _attend(rows[view.rows], k_cache, v_cache, view, scale)
+    return out
+
+
+def _attend(rows: Tensor, k_cache: Tensor, v_cache: Tensor, view: View, scale: float) -> Tensor:
     count, heads, dim = rows.shape
     kv_heads = k_cache.shape[2]
-    flat = tables.flatten()
-    k = k_cache.flatten(1).index_select(0, flat).view(count, -1, kv_heads, dim).transpose(1, 2)
-    v = v_cache.flatten(1).index_select(0, flat).view(count, -1, kv_heads, dim).transpose(1, 2)
+    k = k_cache.flatten(1).index_select(0, view.blocks).view(count, -1, kv_heads, dim).transpose(1, 2)
+    v = v_cache.flatten(1).index_select(0, view.blocks).view(count, -1, kv_heads, dim).transpose(1, 2)
     # The heads of a group attend to the same keys: to the operator they are rows of one query.
     q = rows.reshape(count, kv_heads, heads // kv_heads, dim)
-    return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).reshape(count, heads, dim)
+    return scaled_dot_product_attention(q, k, v, attn_mask=view.bias, scale=scale).reshape(count, heads, dim)
 
 
 def _chunk(query: Tensor, k_flat: Tensor, v_flat: Tensor, chunk: Chunk, scale: float, window: int | None) -> Tensor:

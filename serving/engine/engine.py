@@ -26,6 +26,7 @@ from .errors import (
     QueueFull,
     VersionRevoked,
 )
+from .invariance import check_invariance
 from .model import PagedModel
 from .request import FinishEvent, FinishReason, GenerationRequest, RequestHandle, TokenEvent, Usage
 from .sampling import Choice, RowSampler, choose
@@ -92,6 +93,8 @@ class Engine:
         config = config or EngineConfig()
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         model = PagedModel.from_pretrained(str(path), config, tokenizer(_SAMPLE).input_ids)
+        if config.batch_invariant:
+            check_invariance(model, config)
         return cls(model, tokenizer, config)
 
     def start(self) -> None:
@@ -319,8 +322,7 @@ class Engine:
             slot = self._slots.drop(digest)
             if slot is not None:
                 self._device.clear(slot)
-            if blocks := self._pool.forget(digest):
-                self.model.cache.zero(blocks)
+            self.model.cache.zero(self._pool.forget(digest))
             self._changed.notify_all()
 
     def _load_loop(self) -> None:
@@ -371,9 +373,8 @@ class Engine:
                     if self._slots.to_load:
                         self._changed.notify_all()
                     if work:
-                        if fresh := self._pool.drain_fresh():
-                            self.model.cache.zero(fresh)
-                        step = build_step(work, self._slots, self.model.cache)
+                        self.model.cache.zero(self._pool.drain_fresh())
+                        step = build_step(work, self._slots, self.model.cache, self.config.batch_invariant)
                     else:
                         self._changed.wait()
                 if step is None:

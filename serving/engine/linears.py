@@ -13,11 +13,16 @@ from riverdelta.kernels import LoraPool, PackedLinear, Segments, lora_delta
 _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class Frozen(nn.Module):
-    """`x @ weight.T + bias`: packed as `mode` says on a CPU, as it is (mode None) on a GPU."""
+# Rows a product where a row's bits must not depend on how many there are: on a GPU always so many, on a CPU at most.
+_TILE = 64
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, mode: str | None) -> None:
+
+class Frozen(nn.Module):
+    """`x @ weight.T + bias`: packed as `mode` says on a CPU, as it is (mode None) on a GPU; `exact`: in fixed tiles."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, mode: str | None, exact: bool = False) -> None:
         super().__init__()
+        self.exact = exact
         self.inner: nn.Module
         if mode is None:
             self.inner = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
@@ -31,19 +36,29 @@ class Frozen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in `dtype`."""
-        return torch.as_tensor(self.inner(x.to(self.dtype)))
+        x = x.to(self.dtype)
+        if not self.exact:
+            return torch.as_tensor(self.inner(x))
+        tiles = list(torch.split(x.flatten(0, -2), _TILE))
+        rows = sum(map(len, tiles))
+        if x.is_cuda:
+            tiles[-1] = nn.functional.pad(tiles[-1], (0, 0, 0, _TILE - len(tiles[-1])))
+        out = torch.cat([self.inner(tile) for tile in tiles])[:rows]
+        return out.view(*x.shape[:-1], out.shape[-1])
 
 
 class LoraSite(nn.Module):
     """One frozen product with the batch's adapters added: one module of the base, or several merged."""
 
-    def __init__(self, linears: list[nn.Linear], pool: LoraPool, mode: str | None, runtime: "Runtime") -> None:
+    def __init__(
+        self, linears: list[nn.Linear], pool: LoraPool, mode: str | None, exact: bool, runtime: "Runtime"
+    ) -> None:
         super().__init__()
         weight = torch.cat([m.weight.detach() for m in linears])
         bias = None
         if any(m.bias is not None for m in linears):
             bias = torch.cat([weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in linears])
-        self.linear = Frozen(weight, None if bias is None else bias.detach(), mode)
+        self.linear = Frozen(weight, None if bias is None else bias.detach(), mode, exact)
         self.pool = pool
         self.runtime = runtime
 
@@ -103,10 +118,10 @@ def _groups(model: Any, head: nn.Module) -> Iterator[Group]:
             yield parent, (prefix + name,), [child]
 
 
-def wrap(group: Group, pool: LoraPool, mode: str | None, runtime: Runtime) -> None:
+def wrap(group: Group, pool: LoraPool, mode: str | None, exact: bool, runtime: Runtime) -> None:
     """Put a group's site in its modules' places."""
     parent, paths, members = group
-    site = LoraSite(members, pool, mode, runtime)
+    site = LoraSite(members, pool, mode, exact, runtime)
     names = [p.rpartition(".")[2] for p in paths]
     if len(members) == 1:
         setattr(parent, names[0], site)

@@ -124,9 +124,10 @@ class PagedModel:
                 self.device,
                 parts=widths,
             )
-            wrap(group, self.sites[paths], mode, self.runtime)
+            wrap(group, self.sites[paths], mode, config.batch_invariant, self.runtime)
         self.head_weight = head.weight.detach()
-        self.head = Frozen(self.head_weight, None if head.bias is None else head.bias.detach(), mode)
+        bias = None if head.bias is None else head.bias.detach()
+        self.head = Frozen(self.head_weight, bias, mode, config.batch_invariant)
         self.hf.set_output_embeddings(self.head)
         return mode
 

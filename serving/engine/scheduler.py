@@ -5,7 +5,7 @@ fairness by virtual token counters (Sheng et al. 2024): each key pays for the to
 paid least is admitted first, and a key that was idle starts level with the poorest active one.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import count
@@ -146,12 +146,13 @@ class Scheduler:
 
     def _admit(self) -> None:
         self._prefetch()
-        while (seq := self._next()) is not None:
-            victim = None
-            if len(self.running) >= self.limits.max_batch:
-                victim = self._over_share(seq.key)
-                if victim is None:
-                    return
+        while True:
+            victim = self._over_share() if len(self.running) >= self.limits.max_batch else None
+            if victim is None and len(self.running) >= self.limits.max_batch:
+                return
+            seq = self._next(below_share=victim is not None)
+            if seq is None:
+                return
             shared = self._match(seq)
             fresh = -(-len(seq.tokens) // self.limits.block_size) - len(shared)
             if victim is not None:
@@ -183,9 +184,12 @@ class Scheduler:
                 if seq.digest is not None and not seq.holds_slot:
                     seq.holds_slot = self.slots.acquire(seq.digest)
 
-    def _next(self) -> Sequence | None:
-        """The first sequence whose weights are there, of the key that paid least."""
+    def _next(self, below_share: bool) -> Sequence | None:
+        """The first sequence whose weights are there, of the key that paid least (and has less than its share)."""
+        held, share = self._held(), self._share() if below_share else float("inf")
         for key in sorted(self.waiting, key=self._turn):
+            if held[key] + 1 > share:
+                continue
             for seq in self.waiting[key]:
                 if seq.digest is None or (seq.holds_slot and self.slots.ready(seq.digest)):
                     return seq
@@ -194,16 +198,19 @@ class Scheduler:
     def _turn(self, key: str) -> tuple[int, int]:
         return self.paid[key], self.waiting[key][0].arrival
 
-    def _over_share(self, key: str) -> Sequence | None:
-        """Whom a key below its share of the batch may displace: the youngest of the key furthest above its own."""
-        held: dict[str, int] = {}
-        for seq in self.running:
-            held[seq.key] = held.get(seq.key, 0) + 1
-        share = self.limits.max_batch / len(self._active_keys())
+    def _over_share(self) -> Sequence | None:
+        """Whom a key below its share may displace: the youngest of the key that is furthest above its own."""
+        held = self._held()
         richest = max(held, key=lambda k: (held[k], self.paid[k]))
-        if held.get(key, 0) + 1 > share or held[richest] - 1 < share:
+        if held[richest] - 1 < self._share():
             return None
         return max((s for s in self.running if s.key == richest), key=lambda s: s.admitted)
+
+    def _held(self) -> Counter[str]:
+        return Counter(s.key for s in self.running)
+
+    def _share(self) -> float:
+        return self.limits.max_batch / max(1, len(self._active_keys()))
 
     # Blocks
 
@@ -258,7 +265,9 @@ class Scheduler:
     def _publish(self, seq: Sequence) -> None:
         if not self.limits.prefix_cache:
             return
-        last = seq.prompt_len if self.limits.fixed_chunks else len(seq.tokens)
+        last = len(seq.tokens)
+        if self.limits.fixed_chunks:  # a part of a chunk, or a token of an answer, may have other bits
+            last = seq.prompt_len // self.limits.prefill_chunk * self.limits.prefill_chunk
         done = min(seq.computed, last) // self.limits.block_size
         self._name_blocks(seq)
         for n in range(done - 1, -1, -1):

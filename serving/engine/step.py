@@ -26,8 +26,11 @@ class Step:
     sampled: list[Work]
 
 
-def build_step(work: Sequence[Work], slots: SlotTable, cache: KVCache) -> Step:
-    """Decoding sequences first, then chunks, each by slot, so that equal adapters lie side by side."""
+def build_step(work: Sequence[Work], slots: SlotTable, cache: KVCache, exact: bool = False) -> Step:
+    """Decoding sequences first, then chunks, each by slot, so that equal adapters lie side by side.
+
+    `exact`: compute every row as it would be computed alone.
+    """
 
     def slot(item: Work) -> int:
         found = None if item.seq.digest is None else slots.slot(item.seq.digest)
@@ -66,13 +69,14 @@ def build_step(work: Sequence[Work], slots: SlotTable, cache: KVCache) -> Step:
         tables=torch.tensor(tables, dtype=torch.int32, device=device).view(len(decodes), width),
         lengths=torch.tensor([w.start + 1 for w in decodes], dtype=torch.int32, device=device),
         chunks=chunks,
+        exact=exact,
     )
     return Step(
         work=order,
         tokens=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
         context=context,
-        segments=Segments.build(runs, device),
+        segments=Segments.build(runs, device, exact=exact),
         keep=torch.tensor(keep, dtype=torch.int64, device=device),
         sampled=[w for w in order if w.samples],
     )
