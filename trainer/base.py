@@ -2,26 +2,25 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from riverdelta.core import base as base_files
 from riverdelta.core.errors import Unsupported
 from riverdelta.core.recipe import Lora
-from riverdelta.kernels import PackedLinear, grouped_lora
+from riverdelta.kernels import grouped_lora
 
 from .layout import Block
+from .products import FrozenProduct
 from .shape import LoraShape, resolve
 
 ATTENTION = "riverdelta_rows"
-# Rows of a product whose weights are not prepacked: where a GPU's arithmetic takes as long as reading the weights.
-_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -32,35 +31,19 @@ class Member:
     tokens: int
 
 
-@dataclass(frozen=True)
-class Products:
-    """How the base's frozen products are computed."""
-
-    dtype: torch.dtype
-    packed: bool
-
-
 class Site(nn.Module):
     """A frozen linear layer of the base, with the step's adapters beside it."""
 
-    def __init__(self, path: str, layer: nn.Linear, products: Products, step: "Step") -> None:
+    def __init__(self, path: str, layer: nn.Linear, product: FrozenProduct, step: "Step") -> None:
         super().__init__()
-        self.path, self._step, self._dtype = path, step, products.dtype
+        self.path, self.product, self._step = path, product, step
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        weight = layer.weight.detach().to(products.dtype)
         self._bias = None if layer.bias is None else layer.bias.detach()
-        self._packed: tuple[PackedLinear, PackedLinear] | None = None
-        self._weight: Tensor | None = None
-        if products.packed:
-            mode: Literal["bf16", "fp32"] = "bf16" if products.dtype == torch.bfloat16 else "fp32"
-            self._packed = (PackedLinear(weight, None, mode), PackedLinear(weight.t().contiguous(), None, mode))
-        else:
-            self._weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         flat = x.reshape(-1, self.in_features)
-        out: Tensor = _Frozen.apply(flat, self)  # type: ignore[no-untyped-call]
+        out = self.product(flat)
         if self._bias is not None:
             out = out + self._bias
         members = self._step.members
@@ -68,28 +51,6 @@ class Site(nn.Module):
             a, b, scales = zip(*(member.weights[self.path] for member in members), strict=True)
             out = out + grouped_lora(flat, a, b, scales, [member.tokens for member in members])
         return out.view(*x.shape[:-1], self.out_features)
-
-    def product(self, x: Tensor) -> Tensor:
-        """x W^T in the base's dtype, back in that of `x`."""
-        held = x.to(self._dtype)
-        if self._packed is not None:
-            return torch.as_tensor(self._packed[0](held)).to(x.dtype)
-        return _tiled(held, lambda tile: linear(tile, self._weight)).to(x.dtype)  # type: ignore[arg-type]
-
-    def transposed(self, y: Tensor) -> Tensor:
-        """y W, likewise."""
-        held = y.to(self._dtype).contiguous()
-        if self._packed is not None:
-            return torch.as_tensor(self._packed[1](held)).to(y.dtype)
-        return _tiled(held, lambda tile: tile @ self._weight).to(y.dtype)  # type: ignore[operator]
-
-
-def _tiled(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """Rows through products of one fixed shape: a library that chooses its kernel by the number of rows chooses one."""
-    rows = x.shape[0]
-    if rows % _TILE:
-        x = torch.cat([x, x.new_zeros(_TILE - rows % _TILE, x.shape[1])])
-    return torch.cat([product(tile) for tile in torch.split(x, _TILE)])[:rows]
 
 
 class Apart(nn.Module):
@@ -106,17 +67,6 @@ class Apart(nn.Module):
         dim = 1 if x.shape[1] == sum(tokens) else 2
         # One adapter takes this way too: it decides in which order gradients are added.
         return torch.cat([self._norm(part.clone()) for part in torch.split(x, tokens, dim)], dim)
-
-
-class _Frozen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, site: Site) -> Tensor:
-        ctx.site = site
-        return site.product(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.site.transposed(grads[0]), None
 
 
 class Step:
@@ -149,7 +99,7 @@ class Base:
         self._model.set_attn_implementation(ATTENTION)
         self._step = Step()
         self._shapes: dict[Lora, LoraShape] = {}
-        self._wrap(Products(getattr(torch, dtype), packed=_packs(self.device)))
+        self._wrap()
         self._head = copy.copy(self._model)
         self._head._modules = {**self._model._modules, self._model.base_model_prefix: _Given()}
 
@@ -202,18 +152,16 @@ class Base:
         """The model's own logits [rows, vocabulary] of hidden states [rows, width], scaling and caps included."""
         return torch.as_tensor(self._head(inputs_embeds=hidden[None], use_cache=False).logits[0])
 
-    def _wrap(self, products: Products) -> None:
+    def _wrap(self) -> None:
+        head, dtype = self._model.get_output_embeddings(), getattr(torch, self.dtype)
         for path, module in list(self._model.named_modules()):
             for name, child in list(module.named_children()):
                 if type(child) is nn.Linear:
                     full = f"{path}.{name}" if path else name
-                    setattr(module, name, Site(full, child, products, self._step))
+                    product = FrozenProduct(child.weight.detach().to(dtype), packed=child is head)
+                    setattr(module, name, Site(full, child, product, self._step))
                 elif "Norm" in type(child).__name__:
                     setattr(module, name, Apart(child, self._step))
-
-
-def _packs(device: torch.device) -> bool:
-    return device.type == "cpu" and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _fix_arithmetic(device: str, dtype: str, threads: int) -> None:

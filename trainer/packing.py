@@ -38,8 +38,8 @@ def _rows_stand_alone(base: Base, site: Site) -> bool:
     head = site.out_features > 16 * site.in_features
     places = _PLACES[:3] if head else _PLACES
     rows = 64 if head else _ROWS
-    return _same_rows(site.product, _noise(rows, site.in_features, base.device), places) and _same_rows(
-        site.transposed, _noise(rows, site.out_features, base.device), places
+    return _same_rows(site.product.forward, _noise(rows, site.in_features, base.device), places) and _same_rows(
+        site.product.transposed, _noise(rows, site.out_features, base.device), places
     )
 
 

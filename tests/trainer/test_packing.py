@@ -7,8 +7,9 @@ import torch
 
 from riverdelta.core.recipe import Recipe
 from riverdelta.registry.ledger import Cause
-from riverdelta.trainer.base import Base, Site
+from riverdelta.trainer.base import Base
 from riverdelta.trainer.packing import packs_exactly
+from riverdelta.trainer.products import FrozenProduct
 from riverdelta.trainer.replay import replay
 from tests.trainer.samples import contents, fact, recipe
 from tests.trainer.stack import Stack
@@ -66,13 +67,13 @@ def test_the_self_test_passes_here(base: Base) -> None:
 def test_the_self_test_turns_packing_off_where_rows_feel_each_other(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    product = Site.product
+    product = FrozenProduct.forward
 
-    def felt(self: Site, x: torch.Tensor) -> torch.Tensor:
+    def felt(self: FrozenProduct, x: torch.Tensor) -> torch.Tensor:
         out = product(self, x)
         return out * (1 + 1e-6) if x.shape[0] > 64 else out
 
-    monkeypatch.setattr(Site, "product", felt)
+    monkeypatch.setattr(FrozenProduct, "forward", felt)
     assert not packs_exactly(base)
     stack = Stack(tmp_path)
     for name in ("a", "b"):
