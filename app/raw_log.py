@@ -1,7 +1,9 @@
 """An adapter's log read again from Kafka alone: what its events said, in the order that the ledger gave them."""
 
+import base64
 import contextlib
 import time
+import uuid
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 
@@ -30,12 +32,23 @@ def check_incarnation(settings: Settings, wanted: Collection[str]) -> None:
 
     name = settings.topics.events
     with admin(settings) as client:
-        there = {str(topic.get("topic_id")) for topic in client.describe_topics([name]) if not topic["error_code"]}
-    if set(wanted) != there:
+        topics = [topic for topic in client.describe_topics([name]) if not topic["error_code"]]
+    if {_id(each) for each in wanted} != {uuid.UUID(str(topic["topic_id"])) for topic in topics}:
         raise NotFound(
             f"The topic {name} is no longer the one that the entries came from.",
             "It was deleted, or a memory-only broker has restarted: the raw events are gone.",
         )
+
+
+def _id(incarnation: str) -> uuid.UUID:
+    """A topic's id from the form that librdkafka, which the dataflow reads with, writes it in: base64, unpadded.
+
+    >>> str(_id("AAAAAAAAAAEAAAAAAAAAAg"))
+    '00000000-0000-0001-0000-000000000002'
+    """
+    return uuid.UUID(
+        bytes=base64.b64decode(incarnation + "==", altchars=b"-_" if set("-_") & set(incarnation) else None)
+    )
 
 
 def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Where]) -> dict[Where, Lesson]:
