@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
     "adapter_slots": 4,
     "max_rank": 8,
     "max_queue": 64,
-    "lease_seconds": 2.0,
+    "lease_seconds": 10.0,
     "poll_seconds": 0.02,
 }
 
