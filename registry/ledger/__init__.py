@@ -2,7 +2,7 @@
 
 from .decisions import Line, Mode
 from .leases import Fence
-from .ledger import Increment, Ledger, Seal, Work
+from .ledger import Increment, Ledger, Work
 from .records import (
     AdapterRecord,
     Cause,
@@ -16,6 +16,7 @@ from .records import (
     Stage,
     VersionRecord,
 )
+from .sealing import Seal
 
 __all__ = [
     "AdapterRecord",

@@ -1,6 +1,6 @@
 """The ledger: one ordered history of facts about each adapter, and the only place where an adapter's head moves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,24 +19,7 @@ from .decisions import Change
 from .forgetting import Forgetting
 from .records import AdapterRecord, Cause, Fact, Manifest, Outcome, SegmentRecord, VersionRecord
 from .rows import adapter_of, fact_of, segment_of, version_of
-
-
-@dataclass(frozen=True)
-class Seal:
-    """What a dataflow worker asks to append: a payload already written, its manifest, and how far it has consumed.
-
-    `consumed` maps (incarnation, partition) to (offset expected in the ledger, next offset): both are checked
-    and moved in the sealing transaction, so that of two owners only one can append.
-    """
-
-    adapter: str
-    epoch: int
-    first: int
-    manifest: Manifest
-    trigger: str
-    payload: str
-    payload_sha: str
-    consumed: Mapping[tuple[str, int], tuple[int, int]]
+from .sealing import Sealing
 
 
 @dataclass(frozen=True)
@@ -63,7 +46,7 @@ class Work:
     parent: VersionRecord | None
 
 
-class Ledger(Forgetting):
+class Ledger(Sealing, Forgetting):
     """Every fact about every adapter. Safe to use from several threads and processes."""
 
     @classmethod
@@ -129,86 +112,6 @@ class Ledger(Forgetting):
             return [fact_of(row) for row in c.execute(query.limit(limit))]
 
     # -- streams: segments -----------------------------------------------------------------------------------
-
-    def seal(self, seals: Sequence[Seal], actor: str) -> list[SegmentRecord | Exception]:
-        """Append segments in one durable transaction: for each the segment, or why it was refused.
-
-        Seals of one adapter build on each other in the order given: after one that is refused, so are the others.
-        """
-        done: dict[int, SegmentRecord | Exception] = {}
-        refusals: dict[str, Exception] = {}
-        with self.db.write() as c:
-            # Every transaction locks adapters by name, so that no two wait for each other.
-            for place, seal in sorted(enumerate(seals), key=lambda pair: pair[1].adapter):
-                if seal.adapter in refusals:
-                    done[place] = refusals[seal.adapter]
-                    continue
-                try:
-                    with c.begin_nested():
-                        done[place] = self._seal(c, seal, actor)
-                except (Conflict, NotFound) as refused:
-                    done[place] = refusals[seal.adapter] = refused
-        return [done[place] for place in range(len(seals))]
-
-    def _seal(self, c: sa.Connection, seal: Seal, actor: str) -> SegmentRecord:
-        adapter = self._adapter(c, seal.adapter, lock=True)
-        entries = seal.manifest.entries
-        tombstones = sum(entry.tombstone for entry in entries)
-        change = decisions.decide_seal(adapter, seal.epoch, seal.first, len(entries), tombstones, seal.trigger)
-        self._consume(c, seal)
-        held = adapter.held is not None
-        segment = SegmentRecord(
-            adapter.name,
-            adapter.next_segment,
-            seal.first,
-            len(entries),
-            seal.trigger,
-            seal.payload,
-            seal.payload_sha,
-            now(),
-            Outcome.SET_ASIDE if held else Outcome.AWAITING,
-            cause=Cause.HOLD if held else Cause.NONE,
-        )
-        c.execute(t.segments.insert().values(**asdict(segment), manifest=seal.manifest.pack()))
-        mentions = [
-            {"adapter": adapter.name, "mention": mention, "segment": segment.number}
-            for mention in sorted(seal.manifest.mentions)
-        ]
-        if mentions:
-            c.execute(t.mentions.insert(), mentions)
-        self._apply(c, adapter, change, actor, "")
-        return segment
-
-    def _consume(self, c: sa.Connection, seal: Seal) -> None:
-        for (incarnation, partition), (expected, following) in seal.consumed.items():
-            where = sa.and_(
-                t.consumed.c.adapter == seal.adapter,
-                t.consumed.c.incarnation == incarnation,
-                t.consumed.c.partition == partition,
-            )
-            held = c.execute(sa.select(t.consumed.c.next_offset).where(where)).scalar()
-            if (held or 0) != expected:
-                raise Conflict(
-                    f"{seal.adapter} has consumed partition {partition} up to {held or 0}, not {expected}.",
-                    "Another worker owns it now: read the head again.",
-                )
-            if held is None:
-                c.execute(
-                    t.consumed.insert().values(
-                        adapter=seal.adapter,
-                        incarnation=incarnation,
-                        partition=partition,
-                        next_offset=following,
-                    )
-                )
-            else:
-                c.execute(t.consumed.update().where(where).values(next_offset=following))
-
-    def consumed(self, adapter: str) -> dict[tuple[str, int], int]:
-        """Per (incarnation, partition), the offset before which every event of the adapter has been decided."""
-        with self.db.read() as c:
-            rows = c.execute(sa.select(t.consumed).where(t.consumed.c.adapter == adapter))
-            return {(row.incarnation, row.partition): row.next_offset for row in rows}
 
     def segments(self, adapter: str, first: int = 1) -> list[SegmentRecord]:
         """The segments of an adapter from a number on, in order."""

@@ -99,10 +99,10 @@ versions = Table(
 mentions = Table(
     "mentions",
     metadata,
+    Column("mention", String(64), primary_key=True),  # first: what a forget looks up by
     Column("adapter", String(63), primary_key=True),
-    Column("mention", String(64), primary_key=True),
     Column("segment", Integer, primary_key=True),
-    Index("mentions_by_mention", "mention"),
+    sqlite_with_rowid=False,  # there is a row for each entry's subject: one tree to keep, not three
 )
 
 # Per adapter and partition, the offset before which every event has been decided.

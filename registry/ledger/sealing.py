@@ -1,0 +1,202 @@
+"""Sealing: many segments of many adapters in one transaction, read and written set by set."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from riverdelta.core.digests import canonical_json, sha256
+from riverdelta.core.errors import Conflict, NotFound
+from riverdelta.core.telemetry import now
+
+from . import decisions
+from . import tables as t
+from .journal import Journal
+from .records import AdapterRecord, Cause, Manifest, Outcome, SegmentRecord
+from .rows import adapter_of
+
+Where = tuple[str, int]  # (incarnation, partition)
+_CHUNK = 500  # names in one IN list
+
+# Built once: building a statement costs more than running it.
+_ADD_SEGMENTS = t.segments.insert()
+_ADD_MENTIONS = t.mentions.insert()
+_ADD_FACTS = t.facts.insert()
+_MOVE_HEADS = (
+    t.adapters.update()
+    .where(t.adapters.c.name == sa.bindparam("of"), t.adapters.c.head == sa.bindparam("was"))
+    .values(head=sa.bindparam("to"), next_index=sa.bindparam("index"), next_segment=sa.bindparam("segment"))
+)
+
+
+def _move_consumed(dialect: Any) -> sa.Insert:
+    insert: Any = dialect.insert(t.consumed)
+    moved: sa.Insert = insert.on_conflict_do_update(
+        index_elements=["adapter", "incarnation", "partition"], set_={"next_offset": insert.excluded.next_offset}
+    )
+    return moved
+
+
+_MOVE_CONSUMED = {True: _move_consumed(sqlite), False: _move_consumed(postgresql)}
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a dataflow worker asks to append: a payload already written, its manifest, and how far it has consumed.
+
+    `consumed` maps (incarnation, partition) to (offset expected in the ledger, next offset): both are checked
+    and moved in the sealing transaction, so that of two owners only one can append.
+    """
+
+    adapter: str
+    epoch: int
+    first: int
+    manifest: Manifest
+    trigger: str
+    payload: str
+    payload_sha: str
+    consumed: Mapping[Where, tuple[int, int]]
+
+
+class Sealing(Journal):
+    """Appending to adapters' logs."""
+
+    def seal(self, seals: Sequence[Seal], actor: str) -> list[SegmentRecord | Exception]:
+        """Append segments in one durable transaction: for each the segment, or why it was refused.
+
+        Seals of one adapter build on each other in the order given: after one that is refused, so are the others.
+        """
+        with self.db.write() as c:
+            # Every transaction locks adapters by name, so that no two wait for each other.
+            batch = _Batch(actor)
+            for names in _chunks(sorted({seal.adapter for seal in seals})):
+                self._read(c, batch, names)
+            done = [batch.decide(seal) for seal in seals]
+            self._write(c, batch)
+        return done
+
+    def _read(self, c: sa.Connection, batch: "_Batch", names: Sequence[str]) -> None:
+        a, f = t.adapters.c, t.facts.c
+        last = t.adapters.outerjoin(t.facts, sa.and_(f.adapter == a.name, f.seq == a.head))
+        heads = sa.select(t.adapters, f.chain).select_from(last).where(a.name.in_(names)).order_by(a.name)
+        for row in c.execute(heads.with_for_update(of=t.adapters)):
+            batch.before[row.name] = batch.heads[row.name] = adapter_of(row, "chain")
+            batch.chains[row.name] = row.chain or ""
+        for row in c.execute(sa.select(t.consumed).where(t.consumed.c.adapter.in_(names))):
+            batch.consumed[row.adapter, row.incarnation, row.partition] = row.next_offset
+
+    def _write(self, c: sa.Connection, batch: "_Batch") -> None:
+        if not batch.segments:
+            return
+        c.execute(_ADD_SEGMENTS, batch.segments)
+        if batch.mentions:
+            c.execute(_ADD_MENTIONS, batch.mentions)
+        if batch.moved:
+            rows = [
+                {"adapter": adapter, "incarnation": run, "partition": partition, "next_offset": to}
+                for (adapter, run, partition), to in batch.moved.items()
+            ]
+            c.execute(_MOVE_CONSUMED[self.db.sqlite], rows)
+        c.execute(_ADD_FACTS, batch.facts)
+        moves = [
+            {"of": name, "was": was.head, "to": to.head, "index": to.next_index, "segment": to.next_segment}
+            for name, was in batch.before.items()
+            if (to := batch.heads[name]) is not was
+        ]
+        if c.execute(_MOVE_HEADS, moves).rowcount != len(moves):
+            raise Conflict("Adapters have moved on meanwhile.", "Read their heads again.")
+
+    def consumed(self, adapter: str) -> dict[Where, int]:
+        """Per (incarnation, partition), the offset before which every event of the adapter has been decided."""
+        with self.db.read() as c:
+            rows = c.execute(sa.select(t.consumed).where(t.consumed.c.adapter == adapter))
+            return {(row.incarnation, row.partition): row.next_offset for row in rows}
+
+
+@dataclass
+class _Batch:
+    """What one transaction has read, decided, and is about to write."""
+
+    actor: str
+    at: str = field(default_factory=now)
+    before: dict[str, AdapterRecord] = field(default_factory=dict)
+    heads: dict[str, AdapterRecord] = field(default_factory=dict)
+    chains: dict[str, str] = field(default_factory=dict)
+    consumed: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    moved: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    segments: list[dict[str, Any]] = field(default_factory=list)
+    mentions: list[dict[str, Any]] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    refusals: dict[str, Exception] = field(default_factory=dict)
+
+    def decide(self, seal: Seal) -> SegmentRecord | Exception:
+        """The next segment of its adapter, or why not."""
+        name = seal.adapter
+        if name not in self.refusals:
+            try:
+                return self._append(seal)
+            except (Conflict, NotFound) as refused:
+                self.refusals[name] = refused
+        return self.refusals[name]
+
+    def _append(self, seal: Seal) -> SegmentRecord:
+        head = self.heads.get(seal.adapter)
+        if head is None:
+            raise NotFound(
+                f"There is no adapter {seal.adapter[:80]}.", "`riverdelta registry list` shows those there are."
+            )
+        entries = seal.manifest.entries
+        tombstones = sum(entry.tombstone for entry in entries)
+        change = decisions.decide_seal(head, seal.epoch, seal.first, len(entries), tombstones, seal.trigger)
+        for (run, partition), (expected, _) in seal.consumed.items():
+            held = self.consumed.get((head.name, run, partition), 0)
+            if held != expected:
+                raise Conflict(
+                    f"{head.name} has consumed partition {partition} up to {held}, not {expected}.",
+                    "Another worker owns it now: read the head again.",
+                )
+        for (run, partition), (_, to) in seal.consumed.items():
+            self.consumed[head.name, run, partition] = self.moved[head.name, run, partition] = to
+        segment = SegmentRecord(
+            head.name,
+            head.next_segment,
+            seal.first,
+            len(entries),
+            seal.trigger,
+            seal.payload,
+            seal.payload_sha,
+            self.at,
+            Outcome.AWAITING if head.held is None else Outcome.SET_ASIDE,
+            cause=Cause.NONE if head.held is None else Cause.HOLD,
+        )
+        self.segments.append({**vars(segment), "manifest": seal.manifest.pack()})
+        self.mentions += [
+            {"adapter": head.name, "mention": mention, "segment": segment.number}
+            for mention in sorted(seal.manifest.mentions)
+        ]
+        self.heads[head.name] = replace(change.adapter, head=head.head + len(change.facts))
+        for seq, (kind, body) in enumerate(change.facts, start=head.head + 1):
+            self._add_fact(head.name, seq, kind, body)
+        return segment
+
+    def _add_fact(self, name: str, seq: int, kind: str, body: dict[str, Any]) -> None:
+        line = canonical_json([name, seq, kind, body, self.at, self.actor, ""])
+        self.chains[name] = chain = sha256(self.chains[name].encode() + line)
+        self.facts.append(
+            {
+                "adapter": name,
+                "seq": seq,
+                "kind": kind,
+                "body": body,
+                "at": self.at,
+                "actor": self.actor,
+                "reason": "",
+                "chain": chain,
+            }
+        )
+
+
+def _chunks(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK))
