@@ -27,6 +27,7 @@ from .ask import Client, Question
 _COMMAND = [sys.executable, "-m", "riverdelta.app.main"]
 _ANSWER_TOKENS = 12
 _STOP_SECONDS = 10
+_PATIENCE_SECONDS = 900.0
 _WIDTH = 60
 
 
@@ -70,7 +71,7 @@ class Stack:
                 start_new_session=True,  # Ctrl-C is for the demo, which then stops it
                 preexec_fn=None if self._keep else _end_with_parent,  # noqa: PLW1509 - no thread runs yet
             )
-        return self.wait("starting broker, dataflow, trainer, server and keeper", self._answers, 300)
+        return self.wait("starting broker, dataflow, trainer, server and keeper", self._answers)
 
     def connect(self) -> None:
         """Open what the running stack has told its clients."""
@@ -117,7 +118,7 @@ class Stack:
         with self._waiting(f"asking {model}"), ThreadPoolExecutor(max(1, len(questions))) as pool:
             return [answer.text.strip() for answer in pool.map(self._client.ask, questions)]
 
-    def wait(self, what: str, condition: Callable[[], bool], seconds: float = 300.0) -> float:
+    def wait(self, what: str, condition: Callable[[], bool], seconds: float = _PATIENCE_SECONDS) -> float:
         """Return once a condition holds, with the seconds that took; `Story` when it does not in time."""
         began = time.monotonic()
         with self._waiting(what) as tell:

@@ -20,6 +20,7 @@ _RETRIES = 12  # 1, 2, 3 ... seconds apart: more than a minute of trying
 _HOPELESS = 3  # exits in a row with a code that says that trying again will not help
 _HOPELESS_CODES = range(2, 8)  # core.errors: from bad input to corrupt; not `Unavailable`, which passes
 _STOP_SECONDS = 3
+_LAST_STOP_SECONDS = 1  # of those that stop last: five seconds must be enough for all
 _TURN_SECONDS = 0.2
 _COLOURS = (36, 33, 32, 35, 34, 31)
 
@@ -165,7 +166,7 @@ def _options(first: Mapping[str, Sequence[str]], others: Mapping[str, Sequence[s
                 "autorestart": "true",
                 "startsecs": str(_SETTLED_SECONDS),
                 "startretries": str(_RETRIES),
-                "stopwaitsecs": str(_STOP_SECONDS),
+                "stopwaitsecs": str(_LAST_STOP_SECONDS if priority == 1 else _STOP_SECONDS),
                 "stopasgroup": "true",
                 "killasgroup": "true",
                 "redirect_stderr": "true",

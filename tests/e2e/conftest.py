@@ -24,4 +24,3 @@ def river(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, bootstrap: 
         yield made.start()
     finally:
         made.end()
-        print(made.output())

@@ -107,7 +107,8 @@ class River:
         return code, time.monotonic() - began
 
     def end(self) -> None:
-        """Leave nothing running."""
+        """Leave nothing running, and tell pytest what was said."""
+        print(self.output())
         if self.process is not None and self.process.poll() is None:
             children = psutil.Process(self.process.pid).children(recursive=True)
             self.process.kill()
