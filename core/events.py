@@ -103,6 +103,14 @@ class Envelope(Struct, frozen=True, kw_only=True):
     time: str | None = None
 
 
+class _Said(Struct, frozen=True, tag="example"):
+    prompt: str | UnsetType
+    completion: str | UnsetType
+    messages: list[Message] | UnsetType
+    text: str | UnsetType
+
+
+_encoder = msgspec.json.Encoder()
 # One reader for the common case: plain records carry "type" as a tag, an example need not.
 _plain: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 _example = msgspec.json.Decoder(Example)
@@ -218,6 +226,8 @@ def content_of(record: Record) -> bytes:
     >>> content_of(decode(b'{"adapter":"acme","subject":"ann","id":"7","text":"hi"}').record)
     b'{"type":"example","text":"hi"}'
     """
+    if isinstance(record, Example):  # nearly all of them
+        return _encoder.encode(_Said(record.prompt, record.completion, record.messages, record.text))
     held = msgspec.to_builtins(record)
     for name in ("adapter", "subject", "id", "source", "time"):
         held.pop(name, None)

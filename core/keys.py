@@ -20,7 +20,8 @@ class SubjectKey:
     def __init__(self, secret: bytes) -> None:
         if len(secret) != 32:
             raise Corrupt(f"The subject key has {len(secret)} bytes, not 32.", "Restore the key file from a backup.")
-        self._secret = secret
+        self._keyed = hmac.new(secret, digestmod=hashlib.sha256)  # copied for each hash: keying costs more than hashing
+        self._source = ("", b"")
 
     @classmethod
     def open(cls, folder: Path) -> "SubjectKey":
@@ -44,14 +45,22 @@ class SubjectKey:
 
     def subject(self, name: str) -> str:
         """A subject's keyed hash, 64 hex digits: the only form in which a subject is stored."""
-        return hmac.new(self._secret, b"subject\0" + name.encode(), hashlib.sha256).hexdigest()
+        return self._hash(b"subject\0" + name.encode()).hex()
 
     def content(self, data: bytes) -> str:
         """A commitment to an entry's content, 64 hex digits: it tells nothing without the key, and the content opens
         it."""
-        return hmac.new(self._secret, b"content\0" + data, hashlib.sha256).hexdigest()
+        return self._hash(b"content\0" + data).hex()
 
     def event(self, source: str, event_id: str) -> bytes:
         """A producer's event id, 20 bytes: 12 of the id and 8 of the source."""
-        identity = hmac.new(self._secret, b"id\0" + event_id.encode(), hashlib.sha256).digest()[:12]
-        return identity + hmac.new(self._secret, b"source\0" + source.encode(), hashlib.sha256).digest()[:8]
+        known, share = self._source
+        if known != source or not share:
+            share = self._hash(b"source\0" + source.encode())[:8]
+            self._source = (source, share)
+        return self._hash(b"id\0" + event_id.encode())[:12] + share
+
+    def _hash(self, data: bytes) -> bytes:
+        keyed = self._keyed.copy()
+        keyed.update(data)
+        return keyed.digest()

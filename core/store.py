@@ -1,7 +1,10 @@
 """The object store: segment payloads, weights and trainer state, on a folder, S3, GCS or Azure (through obstore)."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,13 @@ class ObjectStore:
         import obstore.store
 
         self.url = url
+        self._folder: Path | None = None
+        self._threads: ThreadPoolExecutor | None = None
         try:
             if url.startswith("file://"):
-                folder = Path(url.removeprefix("file://"))
-                folder.mkdir(parents=True, exist_ok=True)
-                self._store: Any = obstore.store.LocalStore(folder, automatic_cleanup=True)
+                self._folder = Path(url.removeprefix("file://"))
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._store: Any = obstore.store.LocalStore(self._folder, automatic_cleanup=True)
             else:
                 self._store = obstore.store.from_url(url)
         except (OSError, ValueError, obstore.exceptions.BaseError) as error:
@@ -30,8 +35,50 @@ class ObjectStore:
             ) from error
 
     def put(self, key: str, data: bytes) -> None:
-        """Write `data` under a key that nothing else uses; repeating the same write is harmless."""
+        """Write `data` under a key that nothing else uses; repeating the same write is harmless. Durable on return."""
+        self.put_all({key: data})
+
+    def put_all(self, objects: Mapping[str, bytes]) -> None:
+        """Write several objects at once; all are durable on return."""
+        write = self._put_in_folder if self._folder is not None else self._put_remote
+        if len(objects) == 1:
+            folders = [write(*pair) for pair in objects.items()]
+        else:
+            if self._threads is None:  # they wait for the disk or the network, each on its own
+                self._threads = ThreadPoolExecutor(8, "store")
+            folders = list(self._threads.map(write, objects.keys(), objects.values()))
+        for folder in {folder for folder in folders if folder is not None}:
+            self._call("write", "", lambda _, folder=folder: _sync(folder))
+
+    def _put_remote(self, key: str, data: bytes) -> None:
         self._call("write", key, lambda obs: obs.put(self._store, key, data))
+
+    def _put_in_folder(self, key: str, data: bytes) -> Path:
+        """obstore leaves a folder's files to the kernel's leisure; a ledger must not name what a power cut takes."""
+        assert self._folder is not None
+        root, path = self._folder, self._folder / key
+
+        def write(_: Any) -> Path:
+            while True:
+                if not path.parent.is_dir():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    for made in path.parents[1 : len(path.parents) - len(root.parents)]:
+                        _sync(made)
+                draft = path.with_name(f"{path.name}#{secrets.randbits(63)}")  # a form that listing passes over
+                try:
+                    with draft.open("xb") as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    draft.rename(path)
+                    return path.parent
+                except FileNotFoundError:
+                    continue  # a delete has just removed the empty folder
+                finally:
+                    draft.unlink(missing_ok=True)
+
+        written: Path = self._call("write", key, write)
+        return written
 
     def create(self, key: str, data: bytes) -> bool:
         """Write `data` only if the key is new: False when somebody else has written it."""
@@ -87,6 +134,17 @@ class ObjectStore:
             raise Unavailable(
                 f"Cannot {verb} {key} in {self.url}: {error}.", "Is the store reachable and not full?"
             ) from error
+
+
+def _sync(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # with all that was in it
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def weights_key(digest: str) -> str:

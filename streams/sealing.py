@@ -55,7 +55,7 @@ class Sealer:
 
     def _seal(self, due: Sequence[tuple[Admission, Draft]]) -> set[str]:
         """Seal drafts in order; the adapters of which one was refused."""
-        seals = [self._write(draft) for _, draft in due]
+        seals = self._write([draft for _, draft in due])
         results = self._patience.until(lambda: self._ledger.seal(seals, self._actor), "sealing in the ledger")
         refused: dict[str, tuple[Admission, Exception]] = {}
         unused: dict[str, list[str]] = {}
@@ -72,20 +72,27 @@ class Sealer:
             self._resolve(state, why, unused[name])
         return set(refused)
 
-    def _write(self, draft: Draft) -> Seal:
-        data, digest = payload.encode(draft.contents())
-        key = f"segments/{draft.adapter}/{uuid.uuid4().hex}.seg"
-        self._patience.until(lambda: self._store.put(key, data), "writing a payload")
-        return Seal(
-            draft.adapter,
-            draft.epoch,
-            draft.first,
-            draft.manifest(),
-            draft.trigger,
-            key,
-            digest,
-            draft.consumed,
-        )
+    def _write(self, drafts: Sequence[Draft]) -> list[Seal]:
+        objects: dict[str, bytes] = {}
+        seals = []
+        for draft in drafts:
+            data, digest = payload.encode(draft.contents())
+            key = f"segments/{draft.adapter}/{uuid.uuid4().hex}.seg"
+            objects[key] = data
+            seals.append(
+                Seal(
+                    draft.adapter,
+                    draft.epoch,
+                    draft.first,
+                    draft.manifest(),
+                    draft.trigger,
+                    key,
+                    digest,
+                    draft.consumed,
+                )
+            )
+        self._patience.until(lambda: self._store.put_all(objects), "writing payloads")
+        return seals
 
     def _resolve(self, state: Admission, why: Exception, payloads: Sequence[str]) -> None:
         """Make the adapter ready to be sealed anew, and leave nothing in the store that no segment names."""

@@ -139,6 +139,9 @@ class MemoryStore:
     def put(self, key: str, data: bytes) -> None:
         self.objects[key] = data
 
+    def put_all(self, objects: Mapping[str, bytes]) -> None:
+        self.objects.update(objects)
+
     def get(self, key: str) -> bytes:
         return self.objects[key]
 
