@@ -139,10 +139,10 @@ class Serving(_Part):
     dtype: str = "auto"
     max_batch: int = Field(32, ge=1)
     max_model_len: int = Field(4096, ge=16)
-    kv_tokens: int = Field(65536, ge=256, description="tokens that the KV cache holds over all sequences")
+    kv_tokens: int = Field(16384, ge=256, description="tokens that the KV cache holds over all sequences")
     prefill_chunk: int = Field(256, ge=1)
-    adapter_slots: int = Field(64, ge=1)
-    max_rank: int = Field(64, ge=1, le=256)
+    adapter_slots: int = Field(32, ge=1, description="adapters ready to compute; memory taken at start")
+    max_rank: int = Field(32, ge=1, le=256, description="largest rank served; a slot takes memory for it")
     max_queue: int = Field(1024, ge=1)
     threads: int = Field(0, ge=0)
     batch_invariant: bool = False
