@@ -1,6 +1,7 @@
 """/v1/completions and /v1/chat/completions."""
 
 import secrets
+import time
 from asyncio import create_task
 from typing import Any
 
@@ -50,6 +51,7 @@ class AnswerResponse(Response):
             else:
                 await send_json(writers, send, 200, await answer.collect(), {}, digest)
                 said["end"] = "ok"
+            self._server.metrics.answer(time.monotonic() - answer.started)
             if said["end"] == "ok" and self._server.interactions.wants(answer.bound.adapter):
                 self._publish()
         finally:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from riverdelta.core import weights
-from riverdelta.core.errors import NotFound, RiverdeltaError
+from riverdelta.core.errors import NotFound
 from riverdelta.core.names import BASE, ModelRef
 from riverdelta.core.store import ObjectStore, weights_key
 from riverdelta.registry.ledger import Ledger, VersionRecord
@@ -140,7 +140,7 @@ class Fleet:
             await asyncio.shield(asyncio.wrap_future(self.begin_load(digest)))
         except VersionRevoked as error:
             raise AnswerRevoked() from error
-        except (RiverdeltaError, OSError) as error:
+        except Exception as error:  # whatever it was, the loader has logged it
             raise AdapterLoadFailed(
                 "Its weights could not be loaded.", "Try again later; the server's log says why."
             ) from error

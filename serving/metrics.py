@@ -34,7 +34,7 @@ class Metrics:
             "inter_token_latency_seconds", "Between two tokens of a sequence.", buckets=_SECONDS, **given
         )
         self._whole = Histogram(
-            "e2e_request_latency_seconds", "From arrival to the end of the answer.", buckets=_SECONDS, **given
+            "e2e_request_latency_seconds", "From admission to the end of the answer.", buckets=_SECONDS, **given
         )
         self._http = Counter("http_requests", "Answers by route and status.", ("route", "status"), **given)
         self._fences = Counter("fences", "Fences carried out.", **given)

@@ -13,7 +13,7 @@ from types import FrameType
 
 import uvicorn
 
-from riverdelta.core.errors import BadInput, Conflict
+from riverdelta.core.errors import BadInput, Conflict, Unavailable
 from riverdelta.core.settings import Settings
 from riverdelta.core.telemetry import set_up_logs
 
@@ -59,7 +59,9 @@ def is_loopback(host: str) -> bool:
 def bind(host: str, port: int) -> socket.socket:
     """A socket of our own, before anything slow; `Conflict` when the port is taken."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # `localhost` is both; most clients try IPv4.
+        family, kind, _, _, address = min(found, key=lambda option: option[0] != socket.AF_INET)
         sock = socket.socket(family, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
@@ -80,7 +82,8 @@ class HttpServer(uvicorn.Server):
         self.server = server
         self.sock = sock
         self.starting = threading.Thread(target=self._start, name="start", daemon=True)
-        self.url = f"http://{server.settings.serving.host}:{sock.getsockname()[1]}"
+        host, port = sock.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         super().__init__(
             uvicorn.Config(
                 create_app(server),
@@ -118,7 +121,7 @@ class HttpServer(uvicorn.Server):
         """An engine that has failed is only cured by a new process."""
         if not self.should_exit and not self.server.alive:
             if self.server.failure is None:
-                self.server.failure = RuntimeError("the engine has failed; the log says why")
+                self.server.failure = Unavailable("The engine has failed.", "The log says why; start the server again.")
             self.stop()
         return await super().on_tick(counter)
 
