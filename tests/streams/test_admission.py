@@ -1,0 +1,110 @@
+"""Admission as a state machine: what is cut is consecutive, closed below its watermarks, and decided once."""
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from riverdelta.streams.admission import ADMITTED, DUPLICATE, REDELIVERED, SUPPRESSED, Admission
+from riverdelta.streams.items import FEEDBACK, INTERACTION, Item
+from riverdelta.streams.joining import Joins
+
+P0, P1 = ("run", 0), ("run", 1)
+
+
+def fresh(**given: Any) -> Admission:
+    standard = {
+        "epoch": 0, "next_index": 0, "next_segment": 1, "count": 3, "age": 5.0, "dedupe": 4, "consumed": {},
+        "suppressed": frozenset(), "revoked": frozenset(), "recent": (), "joins": Joins(100, 60.0),
+    }  # fmt: skip
+    return Admission("ada", **{**standard, **given})
+
+
+def example(offset: int, where: tuple[str, int] = P0, event: bytes = b"", subject: str = "") -> Item:
+    return Item("example", "ada", where, offset, event, (subject,) if subject else (), b"{}", None)
+
+
+def test_a_full_segment_is_cut_at_once_and_the_rest_when_it_is_old() -> None:
+    state = fresh()
+    for offset in range(4):
+        assert state.admit(example(offset), at=float(offset)) == ADMITTED
+    full = state.cut(3.0, {})
+    assert [(draft.trigger, len(draft.entries)) for draft in full] == [("count", 3)]
+    assert full[0].consumed == {P0: (0, 3)}
+    state.settle(full[0])
+    assert state.cut(7.9, {}) == []
+    rest = state.cut(8.0, {})
+    assert [(draft.trigger, draft.first, draft.consumed) for draft in rest] == [("age", 3, {P0: (3, 4)})]
+    assert state.cut(8.0, {}, "drift")[0].trigger == "drift"
+
+
+def test_a_duplicate_is_known_within_the_window_and_a_restart_knows_the_same() -> None:
+    state = fresh()
+    assert [state.admit(example(n, event=b"e"), 0.0) for n in range(2)] == [ADMITTED, DUPLICATE]
+    for offset in range(2, 6):
+        state.admit(example(offset), 0.0)
+    assert state.admit(example(6, event=b"e"), 0.0) == ADMITTED  # four entries lie between
+    again = fresh(next_index=6, recent=[(2, b""), (5, b"e")], consumed={P0: 7})
+    assert again.admit(example(6, event=b"e"), 0.0) == REDELIVERED
+    assert again.admit(example(7, event=b"e"), 0.0) == DUPLICATE
+
+
+def test_what_is_forgotten_takes_its_index_and_says_nothing() -> None:
+    state = fresh(suppressed=frozenset({"ann"}))
+    assert state.admit(example(0, subject="ann"), 0.0) == SUPPRESSED
+    assert state.admit(example(1, subject="bob"), 0.0) == ADMITTED
+    assert state.suppress(frozenset({"ann", "bob"}), frozenset(), epoch=1) == 1
+    (draft,) = state.cut(9.0, {})
+    assert draft.epoch == 1
+    assert draft.contents() == [None, None]
+    assert [entry.tombstone for entry in draft.manifest().entries] == [True, True]
+
+
+def test_text_that_a_revoked_version_wrote_is_not_learned() -> None:
+    state = fresh(revoked=frozenset({"d1"}))
+    for offset, digest in enumerate(("d1", "d2")):
+        said, response = b'{"prompt":"q","completion":"a"}', digest.encode()
+        state.join(Item(INTERACTION, "ada", P0, offset, b"", (), said, None, response, digest), 0.0, 0.0)
+    for offset, response in enumerate((b"d1", b"d2")):
+        told = Item(FEEDBACK, "ada", P1, offset, response, (), b'{"rating":1}', None, response)
+        assert state.join(told, 0.0, 0.0) == [SUPPRESSED if response == b"d1" else ADMITTED]
+
+
+items = st.lists(
+    st.one_of(
+        st.tuples(st.just("example"), st.sampled_from([P0, P1]), st.sampled_from([b"", b"", b"e1", b"e2"])),
+        st.tuples(st.just("interaction"), st.sampled_from([P0, P1]), st.sampled_from([b"r1", b"r2", b"r3"])),
+        st.tuples(st.just("feedback"), st.sampled_from([P0, P1]), st.sampled_from([b"r1", b"r2", b"r3"])),
+        st.tuples(st.just("cut"), st.just(P0), st.just(b"")),
+    ),
+    max_size=60,
+)
+
+
+@given(items, st.integers(1, 4))
+def test_what_is_cut_is_all_that_lies_below_its_watermarks(plan: list[Any], count: int) -> None:
+    state = fresh(count=count, dedupe=1000)
+    offsets = {P0: 0, P1: 0}
+    admitted, sealed, index = 0, [], 0
+    moved = {P0: 0, P1: 0}
+    for step, (kind, where, word) in enumerate(plan):
+        if kind == "cut":
+            for draft in state.cut(float(step), dict(offsets), "test"):
+                assert draft.first == index
+                index += len(draft.entries)
+                sealed += [(entry.where, entry.offset) for entry in draft.entries]
+                for part, (expected, to) in draft.consumed.items():
+                    assert moved[part] == expected < to
+                    moved[part] = to
+                state.settle(draft)
+                assert all(offset < moved[part] for part, offset in sealed)
+                assert all(entry.offset >= moved[entry.where] for entry in state.open)
+            continue
+        offset, offsets[where] = offsets[where], offsets[where] + 1
+        if kind == "example":
+            admitted += state.admit(example(offset, where, word), float(step)) == ADMITTED
+        else:
+            content = b'{"prompt":"q","completion":"a"}' if kind == INTERACTION else b'{"rating":1}'
+            item = Item(kind, "ada", where, offset, word if kind == FEEDBACK else b"", (), content, None, word)
+            admitted += state.join(item, float(step), 0.0).count(ADMITTED)
+    assert len(sealed) + len(state.open) == admitted
