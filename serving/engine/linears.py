@@ -41,8 +41,9 @@ class Frozen(nn.Module):
             return torch.as_tensor(self.inner(x))
         tiles = list(torch.split(x.flatten(0, -2), _TILE))
         rows = sum(map(len, tiles))
-        if x.is_cuda:
-            tiles[-1] = nn.functional.pad(tiles[-1], (0, 0, 0, _TILE - len(tiles[-1])))
+        # oneDNN sums the product of a single row in an order of its own, cuBLAS that of every height.
+        least = _TILE if x.is_cuda else 2
+        tiles[-1] = nn.functional.pad(tiles[-1], (0, 0, 0, max(0, least - len(tiles[-1]))))
         out = torch.cat([self.inner(tile) for tile in tiles])[:rows]
         return out.view(*x.shape[:-1], out.shape[-1])
 
