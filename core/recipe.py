@@ -43,7 +43,7 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     """`passes` over a segment, `micro_batch` of its entries to a step, and `rehearse` earlier ones with them; rows are
     cut at `max_length` tokens."""
 
-    passes: Positive = 8
+    passes: Positive = 10
     micro_batch: Positive = 8
     rehearse: Annotated[int, Meta(ge=0)] = 8
     max_length: Annotated[int, Meta(ge=8, le=8192)] = 512

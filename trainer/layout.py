@@ -91,12 +91,12 @@ def _stride(slots: int) -> int:
 
 
 def bucket(length: int) -> int:
-    """The shape at which a row of `length` tokens is computed: a multiple of 8, at most a quarter longer from 32 on.
+    """The shape at which a row of `length` tokens is computed: a multiple of 4, at most a quarter longer from 16 on.
 
-    >>> [bucket(n) for n in (1, 8, 20, 33, 100, 512, 513)]
-    [8, 8, 24, 40, 112, 512, 640]
+    >>> [bucket(n) for n in (1, 8, 18, 33, 100, 512, 513)]
+    [4, 8, 20, 40, 112, 512, 640]
     """
-    step = max(8, 1 << max(0, length.bit_length() - 3))
+    step = max(4, 1 << max(0, length.bit_length() - 3))
     return -(-length // step) * step
 
 

@@ -16,7 +16,7 @@ from .base import Base, Site
 from .increment import Learner, step
 
 _ROWS = 320
-_PLACES = ((0, 8), (0, 24), (8, 40), (40, 64), (16, 152), (56, 312))
+_PLACES = ((0, 4), (4, 12), (0, 24), (8, 40), (40, 64), (20, 152), (56, 312))
 
 
 def packs_exactly(base: Base) -> bool:
@@ -36,7 +36,7 @@ def _kinds(base: Base) -> Iterator[Site]:
 def _rows_stand_alone(base: Base, site: Site) -> bool:
     # The head's rows come by the dozen; its product over hundreds would cost seconds and memory to no purpose.
     head = site.out_features > 16 * site.in_features
-    places = _PLACES[:3] if head else _PLACES
+    places = _PLACES[1:4] if head else _PLACES
     rows = 64 if head else _ROWS
     return _same_rows(site.product.forward, _noise(rows, site.in_features, base.device), places) and _same_rows(
         site.product.transposed, _noise(rows, site.out_features, base.device), places

@@ -120,7 +120,7 @@ def test_a_full_disk_pauses_training_and_loses_nothing(
     assert read(tmp_path / "acme", "k").state is not None
 
 
-@pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.soak)])
 def test_killed_at_random_moments(base: Base, whole: Candidate, tmp_path: Path, kills: int) -> None:
     """However often it is killed, an increment ends as if left alone, and keeps every step that it logged."""
     draw = random.Random(kills)
