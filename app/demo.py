@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from riverdelta.core.errors import Conflict, RiverdeltaError
 from riverdelta.registry.ledger import Cause, Outcome, Stage
@@ -164,6 +165,7 @@ class Demo:
         self.step("Roll back", "$ riverdelta registry rollback acme@1")
         began = time.monotonic()
         self.stack.run("registry", "rollback", "acme@1")
+        self.followed("acme", 1)
         known, _ = self.known("acme", self.of("acme", "first", "second"))
         self.check(
             known == self.of("acme", "first"),
@@ -180,6 +182,7 @@ class Demo:
         self.line("[dim]$ riverdelta registry resume acme --tip[/dim]")
         began = time.monotonic()
         self.stack.run("registry", "resume", "acme", "--tip")
+        self.followed("acme", 2)
         known, _ = self.known("acme", self.of("acme", "first", "second"))
         self.check(len(known) == 4, "undone: acme@2 answers, with all four", time.monotonic() - began)
         self.released({"acme": 3})
@@ -244,7 +247,7 @@ class Demo:
     def show(self, question: str, answer: str) -> None:
         """A question and its answer."""
         asked = question.removeprefix("Q: ").removesuffix("\nA:")
-        self.console.print(f"    [italic]{asked}[/italic] [cyan]{answer or '(nothing)'}[/cyan]", markup=True)
+        self.console.print("    ", Text(asked, "italic"), Text(answer or "(nothing)", "cyan"), soft_wrap=True)
 
     def check(self, holds: bool, said: str, seconds: float | None = None, what: str = "") -> None:
         """Say what was checked and whether it holds."""
@@ -281,12 +284,13 @@ class Demo:
         return began
 
     def released(self, wanted: dict[str, int]) -> None:
-        """Wait until each adapter's release is a version."""
-        heads = self.stack.ledger
+        """Wait until a version of each adapter is released and answers."""
         names = " and ".join(f"{name}@{number}" for name, number in wanted.items())
-        self.stack.wait(
-            f"training {names}", lambda: all(heads.adapter(name).release >= wanted[name] for name in wanted)
-        )
+        self.stack.wait(f"training {names}", lambda: all(self.stack.serves(*each) for each in wanted.items()))
+
+    def followed(self, adapter: str, version: int) -> None:
+        """Wait until the server has followed an operator's act."""
+        self.stack.wait(f"the server takes up {adapter}@{version}", lambda: self.stack.serves(adapter, version))
 
     def check_loss(self, adapter: str, number: int) -> None:
         """The loss fell in an increment."""

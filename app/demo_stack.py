@@ -121,6 +121,14 @@ class Stack:
         with self._waiting(f"asking {model}"), ThreadPoolExecutor(max(1, len(questions))) as pool:
             return [answer.text.strip() for answer in pool.map(self._client.ask, questions)]
 
+    def serves(self, adapter: str, version: int) -> bool:
+        """Whether a version, or a later one, is released and already answers."""
+        head = self.ledger.adapter(adapter)
+        if head.release < version:
+            return False
+        answer = self._client.ask(Question(adapter, "?", max_tokens=1))
+        return answer.fingerprint == self.ledger.version(adapter, head.release).digest
+
     def wait(self, what: str, condition: Callable[[], bool], seconds: float = _PATIENCE_SECONDS) -> float:
         """Return once a condition holds, with the seconds that took; `Story` when it does not in time."""
         began = time.monotonic()
