@@ -26,6 +26,7 @@ from .errors import (
     QueueFull,
     VersionRevoked,
 )
+from .grammar import Grammars
 from .invariance import check_invariance
 from .model import PagedModel
 from .request import FinishEvent, FinishReason, GenerationRequest, RequestHandle, TokenEvent, Usage
@@ -66,6 +67,7 @@ class Engine:
         self.model_config = model.config
         self.max_model_len = min(config.max_model_len, model.max_positions)
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._grammars = Grammars(tokenizer, model.vocab_size)
         self._pool = BlockPool(config.blocks)
         self._slots = SlotTable(config.adapter_slots)
         self._scheduler = Scheduler(Limits.of(config), self._pool, self._slots)
@@ -180,13 +182,14 @@ class Engine:
     def submit(self, request: GenerationRequest) -> RequestHandle:
         """Queue a request. Raises an error of `errors` when it cannot be served, which its message explains."""
         self._check(request)
-        seed = request.sampling.seed
+        seed, schema = request.sampling.seed, request.sampling.json_schema
         sampler = RowSampler(
             request.sampling,
             secrets.randbits(63) if seed is None else seed,
             request.prompt_ids,
             self.model.vocab_size,
             self.config.device,
+            None if schema is None else self._grammars.json(schema),
         )
         seq = Sequence(
             request_id=request.request_id,
@@ -419,12 +422,15 @@ class Engine:
             live.sampler.accept(choice.token)
             self._totals["answer_tokens"] += 1
             reason: FinishReason | None = None
-            if choice.token in self.model.eos and not params.ignore_eos:
+            constraint = live.sampler.constraint
+            if choice.token in self.model.eos and (constraint is not None or not params.ignore_eos):
                 reason, text = "stop", live.text.flush()
             else:
                 text = live.text.push(choice.token)
                 if live.text.stopped:
                     reason = "stop"
+                elif constraint is not None and constraint.complete:
+                    reason, text = "stop", text + live.text.flush()
                 elif item.seq.answer_len >= params.max_tokens:
                     reason, text = "length", text + live.text.flush()
             live.handle.push(TokenEvent(choice.token, text, choice.logprob, choice.top, live.request.digest, now))

@@ -19,6 +19,7 @@ class SamplingParams:
 
     `temperature=0` is greedy. With a `seed`, an answer depends on its prompt, weights and seed alone; without one
     the engine draws a seed. `logprobs` is the number of alternatives to report beside each token (0: the token's own).
+    `json_schema`, a JSON Schema as text, holds the answer to documents of that schema.
     """
 
     max_tokens: int = 16
@@ -34,6 +35,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
+    json_schema: str | None = None
 
     def check(self, vocab_size: int) -> None:
         """Raise `InvalidRequest` naming the first parameter outside its range."""

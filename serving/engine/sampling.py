@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .grammar import Constraint
 from .head import Scores, argmax
 from .request import SamplingParams
 
@@ -26,9 +27,18 @@ class Choice:
 class RowSampler:
     """One sequence's sampling state: its seed, bias, and the counts that its penalties need."""
 
-    def __init__(self, params: SamplingParams, seed: int, prompt: Iterable[int], vocab_size: int, device: str) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        seed: int,
+        prompt: Iterable[int],
+        vocab_size: int,
+        device: str,
+        constraint: Constraint | None = None,
+    ) -> None:
         self.params = params
         self.seed = seed
+        self.constraint = constraint
         self._bias: tuple[Tensor, Tensor] | None = None
         if params.logit_bias:
             self._bias = (
@@ -45,10 +55,12 @@ class RowSampler:
 
     @property
     def _changes_logits(self) -> bool:
-        return self._bias is not None or self._counts is not None
+        return self._bias is not None or self._counts is not None or self.constraint is not None
 
     def accept(self, token: int) -> None:
-        """`token` was chosen; later penalties count it."""
+        """`token` was chosen; later penalties and the grammar count it."""
+        if self.constraint is not None:
+            self.constraint.accept(token)
         if self._counts is not None and self._seen is not None:
             self._counts[token] += 1.0
             self._seen[token] = True
@@ -75,7 +87,7 @@ class RowSampler:
             scores -= p.frequency_penalty * self._counts + p.presence_penalty * (self._counts > 0)
         if self._bias is not None:
             scores[self._bias[0]] += self._bias[1]
-        return scores
+        return scores if self.constraint is None else self.constraint.forbid(scores)
 
     def _draw(self, scores: Tensor, u: float) -> int:
         """Temperature, then top_k, top_p of what is left, then min_p: the order of transformers' processors."""

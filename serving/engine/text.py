@@ -15,7 +15,10 @@ class TextStream:
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         """`tokenizer`: a `tokenizers.Tokenizer`, or None for an engine that has no text."""
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt_ids[-_CONTEXT:]), skip_special_tokens=True)
+        context = list(prompt_ids[-_CONTEXT:])
+        if tokenizer is not None and tokenizer.decode(context, skip_special_tokens=True).endswith("\ufffd"):
+            context = []  # the stream would take the rest of the prompt's last character for part of the answer
+        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
         self._stop = tuple(stop)
         self._pending: list[int] = []
         self._held = ""

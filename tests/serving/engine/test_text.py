@@ -35,6 +35,11 @@ def test_the_text_ends_before_the_first_stop_string(text, stop):
     assert shown == (text[: min(ends)[1]] if ends else text)
 
 
+def test_a_prompt_that_ends_inside_a_character_adds_nothing():
+    stream = TextStream(TOKENIZER.backend_tokenizer, TOKENIZER.encode("a🎉")[:-1], ())
+    assert "".join(stream.push(t) for t in TOKENIZER.encode("yes")) == "yes"
+
+
 def test_an_incomplete_character_is_shown_only_at_the_end():
     stream = TextStream(TOKENIZER.backend_tokenizer, [5], ())
     tokens = TOKENIZER.encode("🎉")
