@@ -110,7 +110,9 @@ class Base:
         `dtype` is that of the base's products; everything else is computed in float32. `threads` 0 means all cores.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         threads = threads or len(os.sched_getaffinity(0))
         _fix_arithmetic(device, dtype, threads)
         model = AutoModelForCausalLM.from_pretrained(

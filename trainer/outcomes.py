@@ -9,6 +9,7 @@ from riverdelta.core.store import ObjectStore, state_key, weights_key
 from riverdelta.registry.ledger import Cause, Increment, Ledger, Work
 
 from .increment import Candidate
+from .metrics import Metrics
 from .patience import Patience
 
 log = logging.getLogger(__name__)
@@ -25,9 +26,11 @@ class Outcomes:
         fingerprint: dict[str, Any],
         patiently: Patience,
         told: Callable[[str], None],
+        metrics: Metrics,
     ) -> None:
         self._ledger, self._store, self._holder = ledger, store, holder
         self._fingerprint, self._patiently, self._told = fingerprint, patiently, told
+        self._metrics = metrics
 
     def commit(self, work: Work, candidate: Candidate, saw: Collection[int], seconds: float) -> None:
         """Files first, then the ledger; a ledger that has moved on refuses, and the files go again."""
@@ -48,8 +51,11 @@ class Outcomes:
             version = self._patiently(lambda: self._ledger.commit(increment, self._holder))
         except Conflict as refused:
             log.info("Dropped %s segment %d: %s", work.adapter.name, work.segment.number, refused)
+            self._metrics.outcomes.labels("refused").inc()
             self._remove(candidate)
             return
+        self._metrics.outcomes.labels("trained").inc()
+        self._metrics.seconds.observe(seconds)
         log.info("Committed %s@%d, digest %s, in %.1f s", version.adapter, version.number, version.digest[:12], seconds)
         self._told(version.adapter)
 
@@ -65,6 +71,7 @@ class Outcomes:
         except Conflict as refused:
             log.info("Dropped that outcome: %s", refused)
             return
+        self._metrics.outcomes.labels("set_aside").inc()
         self._told(name)
 
     def _remove(self, candidate: Candidate) -> None:

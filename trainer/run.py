@@ -30,10 +30,13 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
         signal.signal(signal.SIGINT, leave)
 
     from .base import Base
+    from .metrics import Metrics
     from .patience import Stopping
     from .worker import Worker
 
     options = settings.trainer
+    metrics = Metrics()
+    metrics.serve(options.metrics_port)
     folder = base_files.resolve(settings.base)
     log.info("Loading the base model from %s", folder)
     base = Base.load(folder, options.device, options.dtype, options.threads)
@@ -55,6 +58,7 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
             new_holder("trainer"),
             stop,
             lambda adapter: wakeups.send(settings.topics.releases, adapter),
+            metrics,
         )
         log.info("Ready to train on %s with %d threads", base.device, base.threads)
         try:

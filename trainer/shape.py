@@ -1,5 +1,6 @@
 """The shape of a LoRA on a base, as peft resolves it on a copy of the model without weights."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,9 @@ def resolve(config: Any, lora: Lora) -> LoraShape:
         "task_type": "CAUSAL_LM",
     }
     try:
-        model = get_peft_model(bare, LoraConfig(**options))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what it has renamed
+            model = get_peft_model(bare, LoraConfig(**options))
     except ValueError as error:  # peft says which targets it could not find or adapt
         raise Unsupported(f"peft cannot adapt this base: {error}", "Check lora.targets in the recipe.") from error
     held = model.peft_config["default"]

@@ -20,6 +20,7 @@ from .folder import TrainerFolder
 from .increment import Learner, step
 from .inputs import read_inputs
 from .lease import Lease
+from .metrics import Metrics
 from .outcomes import Outcomes
 from .packing import packs_exactly
 from .patience import Patience
@@ -63,6 +64,7 @@ class Worker:
         holder: str,
         stop: threading.Event,
         released: Callable[[str], None],
+        metrics: Metrics,
         most: int = 16,
     ) -> None:
         """`folder` holds checkpoint logs; `released` hears the adapter after each outcome; `most` adapters are trained
@@ -71,7 +73,8 @@ class Worker:
         self._stop, self._most = stop, most
         self._patiently = Patience(stop)
         self._fingerprint = fingerprint(base)
-        self._outcomes = Outcomes(ledger, store, holder, self._fingerprint, self._patiently, released)
+        self._outcomes = Outcomes(ledger, store, holder, self._fingerprint, self._patiently, released, metrics)
+        self._metrics = metrics
         self._active: dict[str, Active] = {}
         self._stalled: dict[str, float] = {}
         self._exact: bool | None = None
@@ -89,6 +92,7 @@ class Worker:
         self._lease.keep(self._carry_out, self._drop_all)
         self._drop_overtaken()
         self._take_up()
+        self._metrics.active.set(len(self._active))
         if not self._active:
             return False
         for group in self._groups():
@@ -250,8 +254,10 @@ class Worker:
         return groups
 
     def _step(self, group: list[Active]) -> None:
+        learners = [active.learner for active in group]
+        before = sum(len(learner.losses) for learner in learners), sum(learner.tokens for learner in learners)
         try:
-            step(self._base, [active.learner for active in group])
+            step(self._base, learners)
         except (RuntimeError, MemoryError) as error:  # nobody has learned from this step yet
             if len(group) > 1:
                 for active in group:
@@ -260,6 +266,9 @@ class Worker:
             log.error("%s waits: its step failed: %s", group[0].name, error)
             self._stalled[group[0].work.adapter.name] = time.monotonic() + _STALLED_SECONDS
             self._drop(group[0])
+            return
+        self._metrics.steps.inc(sum(len(learner.losses) for learner in learners) - before[0])
+        self._metrics.tokens.inc(sum(learner.tokens for learner in learners) - before[1])
 
     def _record(self, active: Active) -> None:
         if active.learner.failure is not None or not active.learner.losses:

@@ -11,6 +11,7 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry.ledger import Forget, Ledger, Manifest, ManifestEntry, Seal, SegmentRecord
 from riverdelta.trainer.base import Base
+from riverdelta.trainer.metrics import Metrics
 from riverdelta.trainer.worker import Worker
 
 
@@ -56,7 +57,9 @@ class Stack:
 
     def worker(self, base: Base, holder: str = "t0", released: Callable[[str], None] = str, most: int = 16) -> Worker:
         """A trainer on this stack."""
-        return Worker(self.ledger, self.store, base, self.folder / "trainer", holder, threading.Event(), released, most)
+        return Worker(
+            self.ledger, self.store, base, self.folder / "trainer", holder, threading.Event(), released, Metrics(), most
+        )
 
     def forget(self, name: str, subject: str) -> Forget:
         """Forget a subject in one adapter."""

@@ -1,0 +1,41 @@
+"""What the trainer tells Prometheus."""
+
+import logging
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from riverdelta.core.errors import Conflict
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """The trainer's counters, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.steps = Counter("riverdelta_trainer_steps", "Optimiser steps, one for each adapter", registry=registry)
+        self.tokens = Counter("riverdelta_trainer_tokens", "Tokens trained on, fillers included", registry=registry)
+        self.outcomes = Counter(
+            "riverdelta_trainer_outcomes", "Increments by what became of them", ("outcome",), registry=registry
+        )
+        self.active = Gauge("riverdelta_trainer_active", "Adapters being trained", registry=registry)
+        self.seconds = Histogram(
+            "riverdelta_trainer_increment_seconds",
+            "From taking up a segment to its version",
+            buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
+            registry=registry,
+        )
+
+    def serve(self, port: int) -> None:
+        """Answer Prometheus on a loopback port; nothing when it is 0."""
+        if not port:
+            return
+        try:
+            start_http_server(port, addr="127.0.0.1", registry=self.registry)
+        except OSError as error:
+            raise Conflict(
+                f"The metrics port {port} is taken: {error}.", "Set trainer.metrics_port to another."
+            ) from error
+        log.info("Metrics at http://127.0.0.1:%d/metrics", port)
