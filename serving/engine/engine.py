@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from .adapters import DeviceTier, HostTier, Source, read_adapter
+from .adapters import Source
 from .blocks import BlockPool
 from .config import EngineConfig
 from .errors import (
-    AdapterNotLoaded,
+    AdapterLoadFailed,
     AdaptersHalted,
     DuplicateRequest,
     EngineStopped,
@@ -31,10 +31,10 @@ from .invariance import check_invariance
 from .model import PagedModel
 from .request import FinishEvent, FinishReason, GenerationRequest, RequestHandle, TokenEvent, Usage
 from .sampling import Choice, RowSampler, choose
-from .scheduler import Limits, Scheduler, Sequence
-from .slots import SlotTable
+from .scheduler import Limits, Scheduler, Sequence, Work
 from .step import Step, build_step
 from .text import TextStream
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -69,20 +69,13 @@ class Engine:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._grammars = Grammars(tokenizer, model.vocab_size)
         self._pool = BlockPool(config.blocks)
-        self._slots = SlotTable(config.adapter_slots)
-        self._scheduler = Scheduler(Limits.of(config), self._pool, self._slots)
-        self._host = HostTier(config.host_adapter_bytes)
-        self._device = DeviceTier(model.sites)
-        self._live: dict[str, _Live] = {}
-        self._by_digest: Counter[str] = Counter()
-        self._revoked: set[str] = set()
-        self._draining: set[str] = set()
-        self._to_erase: set[str] = set()
-        self._halted = False
-        # Guards everything above. The step itself runs outside it.
+        # Guards everything below. A step itself runs outside it, and so does the loading of weights.
         self._changed = threading.Condition()
+        self._weights = Weights(model, config, self._pool, self._changed)
+        self._scheduler = Scheduler(Limits.of(config), self._pool, self._weights.slots)
+        self._live: dict[str, _Live] = {}
+        self._halted = False
         self._in_step = False
-        self._loading: str | None = None
         self._threads: list[threading.Thread] = []
         self._running = False
         self._failures = 0
@@ -132,42 +125,36 @@ class Engine:
         Raises `VersionRevoked`, `Unsupported` with the reason, or what `source` raises.
         """
         with self._changed:
-            self._refuse_revoked(digest)
-            if digest in self._host.sources:
-                self._draining.discard(digest)
+            if self._weights.known(digest):
                 return
-        adapter = self._read(source)
+        adapter = self._weights.read(source)
         with self._changed:
-            self._refuse_revoked(digest)
-            self._draining.discard(digest)
-            self._host.put(digest, source, adapter)
+            self._weights.register(digest, source, adapter)
 
     def unload(self, digest: str) -> None:
         """Take no new requests for a version; its weights go when its last sequence ends."""
         with self._changed:
-            if digest in self._host.sources:
-                self._draining.add(digest)
-                self._drop_drained(digest)
+            self._weights.drain(digest)
 
     def revoke(self, digests: Collection[str]) -> None:
         """Fence versions off until `reinstate`. On return no step can produce a token from them, what their answers
         had not delivered is dropped, and their weights, KV blocks and cached prefixes are erased from memory."""
         with self._changed:
-            self._revoked.update(digests)
-            for live in [x for x in self._live.values() if x.request.digest in self._revoked]:
+            self._weights.revoked.update(digests)
+            for live in [x for x in self._live.values() if x.request.digest in self._weights.revoked]:
                 message = "The version that wrote this answer was revoked."
                 self._cut(live, "version_revoked", VersionRevoked.code, message)
             # The step loop erases between two steps, when nothing reads what it erases.
-            self._to_erase.update(digests)
+            self._weights.erase(digests)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._to_erase.isdisjoint(digests) or self._idle)
+            self._changed.wait_for(lambda: self._weights.erased(digests) or self._idle)
             if self._idle:
-                self._erase_due()
+                self._weights.erase_due()
 
     def reinstate(self, digests: Collection[str]) -> None:
         """Let revoked weights be loaded again: a rebuild without what was forgotten came out at the same bytes."""
         with self._changed:
-            self._revoked.difference_update(digests)
+            self._weights.revoked.difference_update(digests)
 
     def halt_adapters(self, on: bool) -> None:
         """Cut and refuse every request but the base's until lifted: for a server that lost its lease."""
@@ -205,7 +192,7 @@ class Engine:
             self._admit(request)
             self._live[request.request_id] = _Live(request, seq, handle, sampler, text)
             if request.digest is not None:
-                self._by_digest[request.digest] += 1
+                self._weights.users[request.digest] += 1
             self._scheduler.add(seq)
             self._totals["requests"] += 1
             self._changed.notify_all()
@@ -226,17 +213,9 @@ class Engine:
                     "cached": self._pool.cached,
                 },
                 "totals": {name: self._totals[name] for name in _TOTALS},
-                "adapters": {
-                    digest: {
-                        "tier": "device" if self._slots.ready(digest) else "host" if digest in self._host else "store",
-                        "slot": self._slots.slot(digest),
-                        "requests": self._by_digest[digest],
-                        "draining": digest in self._draining,
-                    }
-                    for digest in self._host.sources
-                },
-                "host_bytes": self._host.nbytes,
-                "revoked": len(self._revoked),
+                "adapters": self._weights.stats(),
+                "host_bytes": self._weights.host.nbytes,
+                "revoked": len(self._weights.revoked),
             }
 
     # Inside: requests
@@ -260,13 +239,10 @@ class Engine:
         if request.request_id in self._live:
             raise DuplicateRequest(f"Request {request.request_id} is already running.", "Use a new id.")
         if request.digest is not None:
-            self._refuse_revoked(request.digest)
+            self._weights.refuse_revoked(request.digest)
             if self._halted:
                 raise AdaptersHalted("This server may not serve adapters for now.", "Try again, or ask for base.")
-            if request.digest not in self._host.sources or request.digest in self._draining:
-                raise AdapterNotLoaded(
-                    f"No weights {request.digest[:12]} are loaded.", "Ask for the adapter by its name."
-                )
+            self._weights.check_servable(request.digest)
         queued = self._scheduler.queued
         if queued() >= self.config.max_queue or queued(request.fairness_key) >= self.config.max_queue_per_key:
             raise QueueFull("Too many requests are waiting.", "Try again later.")
@@ -288,96 +264,38 @@ class Engine:
         digest = live.request.digest
         del self._live[live.request.request_id]
         if digest is not None:
-            self._by_digest[digest] -= 1
-            self._drop_drained(digest)
+            self._weights.users[digest] -= 1
+            self._weights.drop_drained(digest)
         usage = Usage(live.seq.prompt_len, live.seq.answer_len, live.seq.cached_tokens or 0)
         self._totals["prompt_tokens"] += usage.prompt_tokens
         self._totals["cached_tokens"] += usage.cached_tokens
         self._totals[f"finished_{reason}"] += 1
         return FinishEvent(reason, usage, digest, code, message)
 
-    # Inside: weights
-
-    def _refuse_revoked(self, digest: str) -> None:
-        if digest in self._revoked:
-            raise VersionRevoked(f"Version {digest[:12]} was revoked.", "Ask for the adapter's live version.")
-
-    def _read(self, source: Source) -> Any:
-        pin = self.model.device.type == "cuda"
-        return read_adapter(source, self.model.linears, self.config.max_rank, self.model.dtype, pin)
-
-    def _drop_drained(self, digest: str) -> None:
-        if digest in self._draining and self._by_digest[digest] == 0 and self._loading != digest:
-            self._draining.discard(digest)
-            self._host.drop(digest)
-            self._slots.drop(digest)
-            self._pool.forget(digest)
+    # Inside: steps
 
     @property
     def _idle(self) -> bool:
-        return not self._running and not self._in_step and self._loading is None
-
-    def _erase_due(self) -> None:
-        for digest in [d for d in self._to_erase if d != self._loading]:
-            self._to_erase.discard(digest)
-            self._draining.discard(digest)
-            self._host.drop(digest)
-            slot = self._slots.drop(digest)
-            if slot is not None:
-                self._device.clear(slot)
-            self.model.cache.zero(self._pool.forget(digest))
-            self._changed.notify_all()
+        return not (self._running or self._in_step or self._weights.loading)
 
     def _load_loop(self) -> None:
-        """Bring adapters into the slots that the scheduler gave them."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._slots.to_load or not self._running)
-                if not self._running:
-                    return
-                digest = self._slots.to_load.popleft()
-                slot, adapter = self._slots.slot(digest), self._host.get(digest)
-                source = self._host.sources.get(digest)
-                self._loading = digest
-            error: Exception | None = None
-            try:
-                if adapter is None:
-                    if source is None:
-                        raise AdapterNotLoaded(f"No weights {digest[:12]} are loaded.")
-                    adapter = self._read(source)
-                assert slot is not None
-                self._device.clear(slot)
-                self._device.write(slot, adapter)
-            except Exception as failed:
-                logger.exception("Adapter %s could not be loaded", digest[:12])
-                error = failed
-            with self._changed:
-                self._loading = None
-                if error is None and adapter is not None:
-                    self._slots.loaded(digest)
-                    if digest in self._host.sources and digest not in self._revoked:
-                        self._host.keep(digest, adapter)
-                else:
-                    for live in [x for x in self._live.values() if x.request.digest == digest]:
-                        self._end(live, "error", "adapter_load_failed", f"The version could not be loaded: {error}")
-                    self._slots.drop(digest)
-                self._drop_drained(digest)
-                self._changed.notify_all()
+        self._weights.load_loop(lambda: self._running, self._loading_failed)
 
-    # Inside: steps
+    def _loading_failed(self, digest: str, error: Exception) -> None:
+        for live in [x for x in self._live.values() if x.request.digest == digest]:
+            self._end(live, "error", AdapterLoadFailed.code, f"The version could not be loaded: {error}")
 
     def _step_loop(self) -> None:
         while True:
             with self._changed:
                 step = None
                 while self._running and step is None:
-                    self._erase_due()
+                    self._weights.erase_due()
                     work = self._scheduler.plan()
-                    if self._slots.to_load:
+                    if self._weights.slots.to_load:
                         self._changed.notify_all()
                     if work:
-                        self.model.cache.zero(self._pool.drain_fresh())
-                        step = build_step(work, self._slots, self.model.cache, self.config.batch_invariant)
+                        step = self._build(work)
                     else:
                         self._changed.wait()
                 if step is None:
@@ -405,6 +323,10 @@ class Engine:
             if not self._running:
                 self._break("the engine failed")
                 return
+
+    def _build(self, work: list[Work]) -> Step:
+        self.model.cache.zero(self._pool.drain_fresh())
+        return build_step(work, self._weights.slots, self.model.cache, self.config.batch_invariant)
 
     def _run(self, step: Step, samplers: list[RowSampler]) -> list[Choice]:
         scores = self.model.step(step.tokens, step.positions, step.context, step.segments, step.keep)
