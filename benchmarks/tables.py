@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = (Path(__file__).parent.parent / "docs" / "kernels.md",)
+_ROOT = Path(__file__).parent.parent
+DOCUMENTS = (_ROOT / "docs" / "kernels.md", _ROOT / "README.md")
 
 
 def lora_kernels() -> str:
