@@ -6,7 +6,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,14 @@ from .errors import (
     AdaptersHalted,
     DuplicateRequest,
     EngineStopped,
-    InvalidRequest,
-    PromptTooLong,
     QueueFull,
     VersionRevoked,
 )
 from .grammar import Grammars
 from .invariance import check_invariance
+from .live import Live
 from .model import PagedModel
-from .request import FinishEvent, FinishReason, GenerationRequest, RequestHandle, TokenEvent, Usage
+from .request import FinishReason, GenerationRequest, RequestHandle
 from .sampling import Choice, RowSampler, choose
 from .scheduler import Limits, Scheduler, Sequence, Work
 from .step import Step, build_step
@@ -48,17 +46,6 @@ _SAMPLE = (
 )
 
 
-@dataclass(eq=False, slots=True)
-class _Live:
-    """One admitted request until its FinishEvent."""
-
-    request: GenerationRequest
-    seq: Sequence
-    handle: RequestHandle
-    sampler: RowSampler
-    text: TextStream
-
-
 class Engine:
     """Serves one base model and any number of LoRA versions, each known by its weights' digest."""
 
@@ -73,7 +60,7 @@ class Engine:
         self._changed = threading.Condition()
         self._weights = Weights(model, config, self._pool, self._changed)
         self._scheduler = Scheduler(Limits.of(config), self._pool, self._weights.slots)
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._halted = False
         self._in_step = False
         self._threads: list[threading.Thread] = []
@@ -168,7 +155,7 @@ class Engine:
 
     def submit(self, request: GenerationRequest) -> RequestHandle:
         """Queue a request. Raises an error of `errors` when it cannot be served, which its message explains."""
-        self._check(request)
+        request.check(self.model.vocab_size, self.max_model_len)
         seed, schema = request.sampling.seed, request.sampling.json_schema
         sampler = RowSampler(
             request.sampling,
@@ -190,7 +177,7 @@ class Engine:
         text = TextStream(self._backend, request.prompt_ids, request.sampling.stop)
         with self._changed:
             self._admit(request)
-            self._live[request.request_id] = _Live(request, seq, handle, sampler, text)
+            self._live[request.request_id] = Live(request, seq, handle, sampler, text)
             if request.digest is not None:
                 self._weights.users[request.digest] += 1
             self._scheduler.add(seq)
@@ -220,19 +207,6 @@ class Engine:
 
     # Inside: requests
 
-    def _check(self, request: GenerationRequest) -> None:
-        request.sampling.check(self.model.vocab_size)
-        prompt, limit = request.prompt_ids, self.max_model_len
-        if not prompt:
-            raise InvalidRequest("The prompt is empty.", "Send at least one token.")
-        if len(prompt) + request.sampling.max_tokens > limit:
-            raise PromptTooLong(
-                f"The prompt's {len(prompt)} tokens and {request.sampling.max_tokens} of answer exceed {limit}.",
-                "Shorten the prompt or lower max_tokens.",
-            )
-        if not all(0 <= t < self.model.vocab_size for t in prompt):
-            raise InvalidRequest("The prompt has token ids outside the vocabulary.", "Use this model's tokenizer.")
-
     def _admit(self, request: GenerationRequest) -> None:
         if not self._running:
             raise EngineStopped("The engine is not running.", "Try again shortly.")
@@ -253,24 +227,24 @@ class Engine:
             if live is not None:
                 self._end(live, "cancelled")
 
-    def _end(self, live: _Live, reason: FinishReason, code: str | None = None, message: str | None = None) -> None:
-        live.handle.push(self._retire(live, reason, code, message))
+    def _end(self, live: Live, reason: FinishReason, code: str | None = None, message: str | None = None) -> None:
+        self._retire(live, reason)
+        live.handle.push(live.finished(reason, code, message))
 
-    def _cut(self, live: _Live, reason: FinishReason, code: str, message: str) -> None:
-        live.handle.cut(self._retire(live, reason, code, message))
+    def _cut(self, live: Live, reason: FinishReason, code: str, message: str) -> None:
+        self._retire(live, reason)
+        live.handle.cut(live.finished(reason, code, message))
 
-    def _retire(self, live: _Live, reason: FinishReason, code: str | None, message: str | None) -> FinishEvent:
+    def _retire(self, live: Live, reason: FinishReason) -> None:
         self._scheduler.finish(live.seq)
         digest = live.request.digest
         del self._live[live.request.request_id]
         if digest is not None:
             self._weights.users[digest] -= 1
             self._weights.drop_drained(digest)
-        usage = Usage(live.seq.prompt_len, live.seq.answer_len, live.seq.cached_tokens or 0)
-        self._totals["prompt_tokens"] += usage.prompt_tokens
-        self._totals["cached_tokens"] += usage.cached_tokens
+        self._totals["prompt_tokens"] += live.seq.prompt_len
+        self._totals["cached_tokens"] += live.seq.cached_tokens or 0
         self._totals[f"finished_{reason}"] += 1
-        return FinishEvent(reason, usage, digest, code, message)
 
     # Inside: steps
 
@@ -286,6 +260,15 @@ class Engine:
             self._end(live, "error", AdapterLoadFailed.code, f"The version could not be loaded: {error}")
 
     def _step_loop(self) -> None:
+        try:
+            self._steps()
+        except Exception:
+            logger.exception("The step loop failed")
+        finally:
+            self._in_step = False
+            self._break("the engine stopped")
+
+    def _steps(self) -> None:
         while True:
             with self._changed:
                 step = None
@@ -319,10 +302,7 @@ class Engine:
                 self._changed.notify_all()
                 if self._failures >= _MAX_FAILURES:
                     logger.error("%d steps failed in a row: the engine stops", self._failures)
-                    self._running = False
-            if not self._running:
-                self._break("the engine failed")
-                return
+                    return
 
     def _build(self, work: list[Work]) -> Step:
         self.model.cache.zero(self._pool.drain_fresh())
@@ -339,23 +319,13 @@ class Engine:
             live = self._live.get(item.seq.request_id)
             if live is None or live.seq is not item.seq:
                 continue  # cut while the step ran
-            params = live.request.sampling
-            item.seq.tokens.append(choice.token)
-            live.sampler.accept(choice.token)
             self._totals["answer_tokens"] += 1
-            reason: FinishReason | None = None
-            constraint = live.sampler.constraint
-            if choice.token in self.model.eos and (constraint is not None or not params.ignore_eos):
-                reason, text = "stop", live.text.flush()
-            else:
-                text = live.text.push(choice.token)
-                if live.text.stopped:
-                    reason = "stop"
-                elif constraint is not None and constraint.complete:
-                    reason, text = "stop", text + live.text.flush()
-                elif item.seq.answer_len >= params.max_tokens:
-                    reason, text = "length", text + live.text.flush()
-            live.handle.push(TokenEvent(choice.token, text, choice.logprob, choice.top, live.request.digest, now))
+            try:
+                reason = live.advance(choice, self.model.eos, now)
+            except Exception:
+                logger.exception("Request %s failed", live.request.request_id)
+                self._end(live, "error", "internal_error", "This answer could not be continued.")
+                continue
             if reason is not None:
                 self._end(live, reason)
 

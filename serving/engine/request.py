@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .errors import InvalidRequest
+from .errors import InvalidRequest, PromptTooLong
 
 FinishReason = Literal["stop", "length", "cancelled", "version_revoked", "error"]
 MAX_LOGPROBS = 20
@@ -74,6 +74,20 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: str = ""
     fairness_key: str = ""
+
+    def check(self, vocab_size: int, max_model_len: int) -> None:
+        """Raise `InvalidRequest` if no engine of this vocabulary and length could serve it."""
+        self.sampling.check(vocab_size)
+        length = len(self.prompt_ids)
+        if length == 0:
+            raise InvalidRequest("The prompt is empty.", "Send at least one token.")
+        if length + self.sampling.max_tokens > max_model_len:
+            raise PromptTooLong(
+                f"The prompt's {length} tokens and {self.sampling.max_tokens} of answer exceed {max_model_len}.",
+                "Shorten the prompt or lower max_tokens.",
+            )
+        if not all(0 <= token < vocab_size for token in self.prompt_ids):
+            raise InvalidRequest("The prompt has token ids outside the vocabulary.", "Use this model's tokenizer.")
 
 
 @dataclass(frozen=True, slots=True)

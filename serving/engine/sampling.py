@@ -45,25 +45,26 @@ class RowSampler:
                 torch.tensor(list(params.logit_bias), device=device),
                 torch.tensor(list(params.logit_bias.values()), device=device),
             )
+        self._penalised = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+        # By token, made when the first one is chosen: what waits in the queue must cost little.
         self._counts: Tensor | None = None
         self._seen: Tensor | None = None
-        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
-            self._counts = torch.zeros(vocab_size, device=device)
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._seen[torch.tensor(list(prompt), device=device)] = True
+        self._prompt = list(prompt) if self._penalised else []
+        self._vocab_size, self._device = vocab_size, device
         self.plain = params.temperature == 0.0 and params.logprobs is None and not self._changes_logits
 
     @property
     def _changes_logits(self) -> bool:
-        return self._bias is not None or self._counts is not None or self.constraint is not None
+        return self._bias is not None or self._penalised or self.constraint is not None
 
     def accept(self, token: int) -> None:
         """`token` was chosen; later penalties and the grammar count it."""
         if self.constraint is not None:
             self.constraint.accept(token)
-        if self._counts is not None and self._seen is not None:
-            self._counts[token] += 1.0
-            self._seen[token] = True
+        if self._penalised:
+            counts, seen = self._history()
+            counts[token] += 1.0
+            seen[token] = True
 
     def choose(self, logits: Tensor, position: int) -> Choice:
         """From fp32 `logits` [vocab], for the token at `position` of the answer."""
@@ -81,13 +82,22 @@ class RowSampler:
 
     def _adjust(self, scores: Tensor) -> Tensor:
         p = self.params
-        if self._counts is not None and self._seen is not None:
+        if self._penalised:
+            counts, seen = self._history()
             penalised = torch.where(scores > 0, scores / p.repetition_penalty, scores * p.repetition_penalty)
-            scores = torch.where(self._seen, penalised, scores)
-            scores -= p.frequency_penalty * self._counts + p.presence_penalty * (self._counts > 0)
+            scores = torch.where(seen, penalised, scores)
+            scores -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
         if self._bias is not None:
             scores[self._bias[0]] += self._bias[1]
         return scores if self.constraint is None else self.constraint.forbid(scores)
+
+    def _history(self) -> tuple[Tensor, Tensor]:
+        """[vocab] each: how often a token was chosen, and whether it was chosen or prompted."""
+        if self._counts is None or self._seen is None:
+            self._counts = torch.zeros(self._vocab_size, device=self._device)
+            self._seen = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
+            self._seen[torch.tensor(self._prompt, device=self._device)] = True
+        return self._counts, self._seen
 
     def _draw(self, scores: Tensor, u: float) -> int:
         """Temperature, then top_k, top_p of what is left, then min_p: the order of transformers' processors."""

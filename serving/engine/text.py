@@ -29,7 +29,11 @@ class TextStream:
         if self._tokenizer is None:
             return ""
         self._pending.append(token)
-        piece = self._stream.step(self._tokenizer, token)
+        try:
+            piece = self._stream.step(self._tokenizer, token)
+        except Exception:  # some byte runs decode to other text as they grow: go on without what came before
+            self._stream = DecodeStream(skip_special_tokens=True)
+            piece = self._stream.step(self._tokenizer, token)
         if piece is None:
             return ""
         self._pending.clear()
