@@ -130,7 +130,7 @@ class CheckpointLog:
             self._file = None
 
     def discard(self) -> None:
-        """Stop, and delete what was written."""
+        """Stop, and delete what was written; `Unavailable` when something stays: call again."""
         with self._changed:
             self._records, self._snapshot = [], None
         self.close()
@@ -232,9 +232,10 @@ class Shipped:
         return data
 
     def delete(self) -> None:
-        """Remove the copy, if this process has made or read it."""
+        """Remove the copy, if this process has made or read it; `Unavailable` when it may still be there."""
         if self._there:
             self._store.delete(self._name)
+            self._there = False
 
 
 def read(folder: Path, key: str) -> Held:
@@ -262,8 +263,15 @@ def key_in(folder: Path) -> str | None:
 
 
 def delete(folder: Path) -> None:
-    """Remove a log and everything in it."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove a log and everything in it; `Unavailable` when something stays."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise Unavailable(
+            f"Cannot delete the checkpoints in {folder}: {error.strerror}.", "Is the disk read-only?"
+        ) from error
 
 
 def _newest(folder: Path, key: str) -> tuple[int, Snapshot] | None:

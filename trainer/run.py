@@ -66,10 +66,10 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
                 wake.clear()
                 if not worker.turn():
                     wake.wait(options.poll_seconds)
-        except Stopping:
-            pass
         finally:
             worker.close()
+    except Stopping:
+        pass
     finally:
         wakeups.close()
         ledger.close()

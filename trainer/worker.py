@@ -132,7 +132,7 @@ class Worker:
 
     def _drop(self, active: Active) -> None:
         del self._active[active.work.adapter.name]
-        active.checkpoints.discard()
+        self._patiently(active.checkpoints.discard)
 
     def _wanted(self, active: Active) -> bool:
         name = active.work.adapter.name
