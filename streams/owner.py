@@ -65,6 +65,10 @@ class Owner:
         for bucket in self.buckets.values():
             yield from bucket.adapters.values()
 
+    def count_open(self) -> int:
+        """How many entries are open."""
+        return sum(len(state.open) for bucket in self.buckets.values() for state in bucket.busy.values())
+
     # -- events --------------------------------------------------------------------------------------------------
 
     def take(self, parcel: Parcel, at: float) -> None:

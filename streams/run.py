@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 
@@ -65,6 +66,7 @@ def run_process(settings: Settings, addresses: list[str], index: int) -> None:
             patience,
             metrics,
             lambda adapter: wakeups.send(settings.topics.jobs, adapter),
+            ThreadPoolExecutor(1, "seal"),
         )
         stage = Stage(worker, ending)
         intake = Intake(SubjectKey.open(settings.keys_dir), buckets)

@@ -1,8 +1,13 @@
-"""Sealing: payloads into the store first, then one ledger transaction that also moves what is consumed."""
+"""Sealing: payloads into the store first, then one ledger transaction that also moves what is consumed.
+
+What waits for the disk runs in a thread of its own, one batch at a time, while the dataflow admits more. Decisions
+stay in the dataflow's thread: drafts before, what became of them after (`land`).
+"""
 
 import logging
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from functools import partial
 
 from riverdelta.core import payload
@@ -17,6 +22,10 @@ from .patience import Patience
 
 log = logging.getLogger(__name__)
 _AT_ONCE = 128  # seals in a transaction: others wait for the ledger's write lock meanwhile
+_OPEN_AT_MOST = 250_000  # entries; then the dataflow waits for the batch under way
+
+Due = list[tuple[Admission, Draft]]
+Result = SegmentRecord | Exception
 
 
 class Sealer:
@@ -31,6 +40,7 @@ class Sealer:
         metrics: Metrics,
         wake: Callable[[str], None],
         actor: str,
+        thread: Executor,
     ) -> None:
         """`wake` is called with each adapter that has a new segment."""
         self._owner = owner
@@ -40,23 +50,33 @@ class Sealer:
         self._metrics = metrics
         self._wake = wake
         self._actor = actor
+        self._thread = thread
+        self._flight: tuple[Due, list[Seal], Future[list[Result]]] | None = None
 
     def seal_due(self, at: float, trigger: str = "") -> None:
-        """Seal what is due everywhere; with a `trigger`, everything that is open."""
+        """Begin to seal what is due everywhere (with a `trigger`, everything that is open), once the batch before
+        has landed."""
+        if self._flight is not None:
+            if not (trigger or self._flight[2].done() or self._owner.count_open() > _OPEN_AT_MOST):
+                return
+            self.land()
         due = [
             (state, draft)
             for bucket in self._owner.buckets.values()
             for state in bucket.busy.values()
             for draft in state.cut(at, bucket.reached, trigger)
         ]
-        refused: set[str] = set()
-        for start in range(0, len(due), _AT_ONCE):
-            refused |= self._seal([pair for pair in due[start : start + _AT_ONCE] if pair[1].adapter not in refused])
+        if due:
+            seals, payloads = self._prepare([draft for _, draft in due])
+            self._flight = due, seals, self._thread.submit(self._send, seals, payloads)
 
-    def _seal(self, due: Sequence[tuple[Admission, Draft]]) -> set[str]:
-        """Seal drafts in order; the adapters of which one was refused."""
-        seals = self._write([draft for _, draft in due])
-        results = self._patience.until(lambda: self._ledger.seal(seals, self._actor), "sealing in the ledger")
+    def land(self) -> None:
+        """Wait for the batch under way, and let its adapters know what became of it."""
+        if self._flight is None:
+            return
+        due, seals, future = self._flight
+        results = future.result()
+        self._flight = None
         refused: dict[str, tuple[Admission, Exception]] = {}
         unused: dict[str, list[str]] = {}
         for (state, draft), seal, result in zip(due, seals, results, strict=True):
@@ -70,15 +90,16 @@ class Sealer:
                 unused.setdefault(draft.adapter, []).append(seal.payload)
         for name, (state, why) in refused.items():
             self._resolve(state, why, unused[name])
-        return set(refused)
 
-    def _write(self, drafts: Sequence[Draft]) -> list[Seal]:
-        objects: dict[str, bytes] = {}
-        seals = []
+    def close(self) -> None:
+        """Wait for the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _prepare(self, drafts: Sequence[Draft]) -> tuple[list[Seal], list[bytes]]:
+        seals, payloads = [], []
         for draft in drafts:
             data, digest = payload.encode(draft.contents())
-            key = f"segments/{draft.adapter}/{uuid.uuid4().hex}.seg"
-            objects[key] = data
+            payloads.append(data)
             seals.append(
                 Seal(
                     draft.adapter,
@@ -86,13 +107,31 @@ class Sealer:
                     draft.first,
                     draft.manifest(),
                     draft.trigger,
-                    key,
+                    f"segments/{draft.adapter}/{uuid.uuid4().hex}.seg",
                     digest,
                     draft.consumed,
                 )
             )
-        self._patience.until(lambda: self._store.put_all(objects), "writing payloads")
-        return seals
+        return seals, payloads
+
+    def _send(self, seals: Sequence[Seal], payloads: Sequence[bytes]) -> list[Result]:
+        """In the thread: write and record, some at a time; after a refusal the rest of that adapter is refused too."""
+        done: dict[str, Result] = {}
+        refused: dict[str, Result] = {}
+        for start in range(0, len(seals), _AT_ONCE):
+            pairs = zip(seals[start : start + _AT_ONCE], payloads[start : start + _AT_ONCE], strict=True)
+            kept = [(seal, data) for seal, data in pairs if seal.adapter not in refused]
+            if not kept:
+                continue
+            asked = [seal for seal, _ in kept]
+            put = partial(self._store.put_all, {seal.payload: data for seal, data in kept})
+            self._patience.until(put, "writing payloads")
+            record = partial(self._ledger.seal, asked, self._actor)
+            for seal, result in zip(asked, self._patience.until(record, "sealing in the ledger"), strict=True):
+                done[seal.payload] = result
+                if isinstance(result, Exception):
+                    refused.setdefault(seal.adapter, result)
+        return [done[seal.payload] if seal.payload in done else refused[seal.adapter] for seal in seals]
 
     def _resolve(self, state: Admission, why: Exception, payloads: Sequence[str]) -> None:
         """Make the adapter ready to be sealed anew, and leave nothing in the store that no segment names."""

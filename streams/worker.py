@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
 
 from riverdelta.core.errors import NotFound, RiverdeltaError
 from riverdelta.core.settings import Settings, new_holder
@@ -35,6 +36,7 @@ class Worker:
         patience: Patience,
         metrics: Metrics,
         wake: Callable[[str], None],
+        thread: Executor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger = ledger
@@ -44,7 +46,7 @@ class Worker:
         self._clock = clock
         self._holder = new_holder("stream")
         self.owner = Owner(settings, ledger, patience)
-        self._sealer = Sealer(self.owner, ledger, store, patience, metrics, wake, self._holder)
+        self._sealer = Sealer(self.owner, ledger, store, patience, metrics, wake, self._holder, thread)
         self._renewed = self._recorded = self._tidied = clock()
         self._looked_for: dict[int, int] = {}  # by reader, the last read that the fences were looked for at
         self._take_lease()
@@ -77,7 +79,9 @@ class Worker:
     def close(self, seal_all: bool) -> None:
         """Leave nothing behind that is done already. `seal_all`: the log will be gone, so seal what is open."""
         self.commit("stop" if seal_all else "")
+        self._sealer.land()
         self._record_positions()
+        self._sealer.close()
         self._ledger.drop_lease(self._holder)
         left = sum(len(state.open) for state in self.owner.states())
         waiting = sum(len(state.joins) for state in self.owner.states())
@@ -88,6 +92,7 @@ class Worker:
 
     def abandon(self) -> None:
         """Leave as after a crash, except that nobody needs to wait for the lease to run out."""
+        self._sealer.close()
         with contextlib.suppress(RiverdeltaError):
             self._ledger.drop_lease(self._holder)
 
@@ -114,6 +119,7 @@ class Worker:
     def _look(self) -> None:
         fence = self._ledger.last_fence()
         if fence > self.owner.fence:
+            self._sealer.land()
             self.owner.catch_up(fence)
 
     def _hold_lease(self, at: float) -> None:
@@ -122,10 +128,11 @@ class Worker:
         if self.owner.fence == self._acked and at - self._renewed < LEASE_SECONDS / 4:
             return
         try:
-            while (fence := self._ledger.renew_lease(self._holder, self.owner.fence)) > self.owner.fence:
-                self.owner.catch_up(fence)
+            while self._ledger.renew_lease(self._holder, self.owner.fence) > self.owner.fence:
+                self._look()
         except NotFound:
             log.warning("the lease was given up for lost; everything is read again under a new one")
+            self._sealer.land()
             self._take_lease()
         self._acked, self._renewed = self.owner.fence, at
 

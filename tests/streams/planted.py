@@ -7,7 +7,7 @@ import pytest
 
 from riverdelta.core.errors import Conflict
 from riverdelta.registry.ledger import decisions
-from riverdelta.streams import admission, joining, owner, sealing, worker
+from riverdelta.streams import admission, joining, owner, sealing
 
 from . import memory
 
@@ -95,10 +95,10 @@ def _seal_anything(patch: Patch) -> None:
 
 
 def _any_epoch(patch: Patch) -> None:
-    """The ledger seals under an old epoch, and nobody looks for fences before."""
+    """The ledger seals under an old epoch, and fences are acknowledged unread."""
     decide = decisions.decide_seal
     patch.setattr(memory, "decide_seal", lambda head, epoch, *given: decide(head, head.epoch, *given))
-    patch.setattr(worker.Worker, "_look", lambda self: None)
+    patch.setattr(owner.Owner, "catch_up", lambda self, fence: setattr(self, "fence", fence))
 
 
 def _drop_dead_letters(patch: Patch) -> None:

@@ -80,6 +80,29 @@ class Faulty:
         return maybe
 
 
+class Sometime:
+    """A thread that does its work at once, or when it is waited for, or never before the crash."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+
+    def submit(self, work: Callable[..., Any], *given: Any) -> "Sometime":
+        self._result: list[Any] = []
+        self._work = lambda: self._result or self._result.append(work(*given))
+        if self._rng.random() < 0.5:
+            self._work()
+        return self
+
+    def done(self) -> bool:
+        if self._rng.random() < 0.5:
+            self._work()
+        return bool(self._result) and self._rng.random() < 0.7
+
+    def result(self) -> Any:
+        self._work()
+        return self._result[0]
+
+
 @dataclass
 class World:
     """What survives."""
@@ -132,7 +155,7 @@ class Session:
         self.intake = Intake(KEY, BUCKETS)
         self.worker = Worker(
             world.settings(), ledger, store, cast(Any, world.delivery), patience, METRICS, lambda _: None,
-            lambda: world.now,
+            cast(Any, Sometime(world.rng)), lambda: world.now,
         )  # fmt: skip
         self.begin()
 
@@ -158,8 +181,9 @@ class Session:
             for part in self.world.parts:
                 self.read(part, len(self.world.parts[part]))
             self.world.now += 100.0
-            self.worker.commit()
-            self.worker.commit()
+            for _ in range(2):
+                self.worker.commit()
+                self.worker._sealer.land()
 
 
 def random_event(world: World, rng: random.Random, joins: bool) -> dict[str, Any] | None:
@@ -212,7 +236,9 @@ def simulate(seed: int, joins: bool = True, forgets: bool = True, world: World |
     last = Session(world, steps)
     last.drain()
     for session in sessions:  # zombies wake up once more
+        session.worker._sealer.land()
         session.worker.commit()
+        session.worker._sealer.land()
     last.drain()
     return world
 
@@ -229,6 +255,7 @@ def _step(world: World, sessions: list[Session], session: Session, step: int, jo
     elif act < 0.91:  # a crash, or a worker taken for dead that goes on
         if len(sessions) > 1 or rng.random() < 0.7:
             sessions.remove(session)
+            world.lost_payloads |= set(world.store.objects)
         if rng.random() < 0.3:
             sessions.append(Session(world, step))
     elif act < 0.95 and forgets:

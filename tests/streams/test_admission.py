@@ -70,6 +70,30 @@ def test_text_that_a_revoked_version_wrote_is_not_learned() -> None:
         assert state.join(told, 0.0, 0.0) == [SUPPRESSED if response == b"d1" else ADMITTED]
 
 
+def met_again_out_of_order() -> Admission:
+    """After a restart: feedback that was not decided comes first, its interaction, decided long ago, last."""
+    state = fresh(count=1, consumed={P0: 5})
+    told = Item(FEEDBACK, "ada", P1, 0, b"lesson", (), b'{"rating":1}', None, b"r")
+    assert state.join(told, 0.0, 0.0) == ["waiting"]
+    assert state.admit(example(1, P1), 0.0) == ADMITTED
+    asked = Item(INTERACTION, "ada", P0, 2, b"", (), b'{"prompt":"q","completion":"a"}', None, b"r", "d")
+    assert state.cut(9.0, {P0: 2, P1: 2}) == []  # what waits is still being collected
+    assert state.join(asked, 0.0, 0.0) == [ADMITTED]
+    return state
+
+
+def test_a_pair_takes_the_identity_of_its_undecided_event() -> None:
+    state = met_again_out_of_order()
+    assert [(entry.where, entry.offset) for entry in state.open] == [(P1, 1), (P1, 0)]
+    assert (state.floor(P0), state.floor(P1)) == (2, 0)  # both of the pair stay readable
+
+
+def test_entries_out_of_order_are_cut_together() -> None:
+    (draft,) = met_again_out_of_order().cut(9.0, {P0: 5, P1: 2})
+    assert [entry.offset for entry in draft.entries] == [1, 0]
+    assert draft.consumed == {P1: (0, 2)}
+
+
 items = st.lists(
     st.one_of(
         st.tuples(st.just("example"), st.sampled_from([P0, P1]), st.sampled_from([b"", b"", b"e1", b"e2"])),
