@@ -63,6 +63,7 @@ class Purge:
         draft = self._draft(forget)
         self._rewrite_payloads(draft)
         self._delete_weights(forget)
+        self._delete_checkpoints(forget)
         left = {part["adapter"]: self._projection.erase(part["adapter"], part["versions"]) for part in _parts(forget)}
         if not self._collect():
             return False
@@ -176,6 +177,12 @@ class Purge:
                 self._store.delete(weights_key(digest))
             for digest in set(part["states"]) - used:
                 self._store.delete(state_key(digest))
+
+    def _delete_checkpoints(self, forget: Forget) -> None:
+        """Delete the copies that trainers keep of increments under way; one that lives writes its own again."""
+        for part in _parts(forget):
+            for key in self._store.keys(f"checkpoints/{part['adapter']}/"):
+                self._store.delete(key)
 
 
 def _parts(forget: Forget) -> list[dict[str, Any]]:
