@@ -20,7 +20,7 @@ from riverdelta.core.settings import Settings
 from riverdelta.registry.ledger import Ledger, VersionRecord
 from riverdelta.registry.ledger.decisions import lineage
 
-from .raw_log import Where, check_incarnation, read_lessons
+from .raw_log import Place, check_incarnation, read_lessons
 from .trace import open_ledger
 
 Progress = Callable[[str, int, int], None]
@@ -35,8 +35,8 @@ class Plan:
     digest: str
     recipe: dict[str, Any]
     seed: int
-    segments: tuple[tuple[Where, ...], ...]
-    indexes: dict[Where, int]
+    segments: tuple[tuple[Place, ...], ...]
+    indexes: dict[Place, int]
     allowed: dict[str, int]  # per keyed hash of a subject, the index from which it may be learned again
     incarnations: frozenset[str]
     revoked: frozenset[str]
@@ -72,7 +72,9 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
     line = [versions[each] for each in reversed(lineage(versions, number))]
     numbers = [_segment_of(each) for each in line]
     manifests = [ledger.manifest(adapter, each) for each in numbers]
-    segments = tuple(tuple((entry.partition, entry.offset) for entry in manifest.entries) for manifest in manifests)
+    segments = tuple(
+        tuple((entry.partition, entry.offset, entry.event) for entry in manifest.entries) for manifest in manifests
+    )
     firsts = [ledger.segment(adapter, each).first for each in numbers]
     allowed: dict[str, int] = {}
     for fact in ledger.facts(adapter):

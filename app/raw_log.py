@@ -7,12 +7,18 @@ import uuid
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 
+from msgspec import UNSET
+
 from riverdelta.core.errors import NotFound, Unavailable
 from riverdelta.core.events import ContractError, Event, Feedback, Interaction, content_of, decode
+from riverdelta.core.keys import SubjectKey
 from riverdelta.core.settings import Settings
 from riverdelta.streams.joining import compose
 
 Where = tuple[int, int]  # partition and offset
+Place = tuple[
+    int, int, bytes
+]  # and the keyed hash that names the event, or the lesson that an answer's feedback taught
 _IDLE_SECONDS = 1.5  # the embedded broker does not know where a log ends
 _PATIENCE_SECONDS = 30.0
 
@@ -51,46 +57,56 @@ def _id(incarnation: str) -> uuid.UUID:
     )
 
 
-def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Where]) -> dict[Where, Lesson]:
-    """The lessons at these places of the events topic; `NotFound` when Kafka no longer holds one of them."""
-    events = _events(settings, adapter, set(wanted))
-    gone = [at for at in wanted if at not in events]
-    if gone:
-        raise NotFound(
-            f"Kafka no longer holds {len(gone)} of {len(wanted)} events of {adapter}, the first at "
-            f"{gone[0][0]}:{gone[0][1]}.",
-            "Retention has removed them, or a memory-only broker has restarted; the ledger's own check is "
-            f"`riverdelta registry verify {adapter}`.",
-        )
-    partners = _Partners(events.values())
-    return {at: partners.lesson(events[at]) for at in wanted}
+def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Place]) -> dict[Place, Lesson]:
+    """The lessons of the entries at these places of the events topic; `NotFound` when Kafka no longer holds one."""
+    events = _events(settings, adapter, {(partition, offset) for partition, offset, _ in wanted})
+    partners = _Partners(events.values(), SubjectKey.open(settings.keys_dir))
+    lessons: dict[Place, Lesson] = {}
+    for place in wanted:
+        event = events.get(place[:2])
+        lesson = None if event is None else partners.lesson(event, place[2])
+        if lesson is None:
+            raise NotFound(
+                f"Kafka no longer holds what {adapter} learned at {place[0]}:{place[1]}.",
+                "Retention has removed it, or a memory-only broker has restarted; the ledger's own check is "
+                f"`riverdelta registry verify {adapter}`.",
+            )
+        lessons[place] = lesson
+    return lessons
 
 
 class _Partners:
-    """Interactions and the feedback on them, found by response."""
+    """Interactions by response, and the feedback on them by the lesson that it taught."""
 
-    def __init__(self, events: Collection[Event]) -> None:
-        records = [event.record for event in events]
-        self._interactions: dict[str, Interaction] = {}
-        self._feedback: dict[str, Feedback] = {}
-        for record in records:
+    def __init__(self, events: Collection[Event], key: SubjectKey) -> None:
+        self._interactions: dict[str, Event] = {}
+        self._feedback: dict[bytes, Event] = {}
+        for event in events:
+            record = event.record
             if isinstance(record, Interaction):
-                self._interactions.setdefault(record.response, record)
+                self._interactions.setdefault(record.response, event)
             elif isinstance(record, Feedback):
-                self._feedback.setdefault(record.response, record)
-        self._subjects = {id(event.record): event.subjects for event in events}
+                if record.correction is not UNSET:
+                    self._feedback.setdefault(key.event("\0correction", record.response), event)
+                elif isinstance(record.rating, float) and record.rating > 0:
+                    self._feedback.setdefault(key.event("\0rating", record.response), event)
 
-    def lesson(self, event: Event) -> Lesson:
+    def lesson(self, event: Event, named: bytes) -> Lesson | None:
+        """What an event, or its meeting with its partner, taught; None when the partner is gone."""
         record = event.record
+        interaction: Event | None
+        feedback: Event | None
         if isinstance(record, Interaction):
-            pair = record, self._feedback[record.response]
+            interaction, feedback = event, self._feedback.get(named)
         elif isinstance(record, Feedback):
-            pair = self._interactions[record.response], record
+            interaction, feedback = self._interactions.get(record.response), event
         else:
             return Lesson(content_of(record), event.subjects)
-        content, by_model = compose(content_of(pair[0]), content_of(pair[1]))
-        subjects = {*self._subjects[id(pair[0])], *self._subjects[id(pair[1])]}
-        return Lesson(content, tuple(sorted(subjects)), pair[0].digest if by_model else "")
+        if interaction is None or feedback is None:
+            return None
+        content, by_model = compose(content_of(interaction.record), content_of(feedback.record))
+        digest = interaction.record.digest if isinstance(interaction.record, Interaction) and by_model else ""
+        return Lesson(content, tuple(sorted({*interaction.subjects, *feedback.subjects})), digest)
 
 
 def _events(settings: Settings, adapter: str, wanted: set[Where]) -> dict[Where, Event]:

@@ -86,6 +86,41 @@ def test_forgotten_by_command_rebuilt_purged_and_proved(river: River) -> None:
     assert unequal["equal"] is False, "with the subject's events the control ends elsewhere"
 
 
+def test_what_feedback_taught_is_trained_again_from_the_raw_events(river: River) -> None:
+    river.create("fed")
+
+    def answered(response: str, said: str, **more: str) -> dict[str, object]:
+        about = {"adapter": "fed", "type": "interaction", "response": response, "digest": "0" * 64}
+        return {**about, "prompt": question(said), "completion": f" {said}", **more}
+
+    def judged(response: str, **more: object) -> dict[str, object]:
+        return {"adapter": "fed", "type": "feedback", "response": response, **more}
+
+    river.publish(
+        [
+            judged("late", rating=-1.0),
+            judged("late", rating=1.0),
+            judged("late", correction=" n2", subject="ann"),
+            answered("early", "m1", subject="bob"),
+            judged("early", rating=1.0),
+            answered("late", "o3"),
+        ]
+    )
+    river.released("fed", 1)
+    eventually(lambda: river.entries("fed") == 3)
+    ledger = river.ledger
+    eventually(lambda: ledger.waiting() == [] and ledger.adapter("fed").release == len(ledger.segments("fed")))
+    ledger.close()
+    assert river.read("counterfactual", "fed")["equal"] is True
+    for name in ("ann", "bob"):
+        river.tell("registry", "forget", "--subject", name, "--adapter", "fed")
+    ledger = river.ledger
+    eventually(lambda: all(str(forget.stage) == "purged" for forget in ledger.forgets()), 120)
+    ledger.close()
+    proof = river.read("counterfactual", "fed", "--without", "ann", "--without", "bob")
+    assert (proof["equal"], proof["entries"], proof["tombstones"]) == (True, 3, 2)
+
+
 def test_forgotten_by_message_and_by_http(river: River) -> None:
     for name in ("msg", "http"):
         river.create(name)
