@@ -36,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="LoRA adapters that keep learning from Kafka streams, are served from one base model, and provably forget.",
 )
-dlt = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Records that were not events: list, replay.")
+dlt = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Dead letters: records that were not events.")
 app.add_typer(dlt, name="dlt")
 
 
@@ -48,7 +48,10 @@ def up(
     kafka: KafkaServers = None,
     port: Annotated[int | None, typer.Option(help="Port of the serving endpoint (0: any free one).")] = None,
 ) -> None:
-    """Run everything here: a broker (unless Kafka is configured), dataflow, trainer, server and registry keeper."""
+    """Run the whole stack on this machine.
+
+    A broker (unless Kafka is configured), dataflow, trainer, server and registry keeper, under one supervisor.
+    """
     from . import up as run_up
 
     # On one machine whoever may publish may also name a new adapter, unless the settings say otherwise.
@@ -58,7 +61,7 @@ def up(
 
 @app.command()
 def stream(config: Config = None, data: Data = None, kafka: KafkaServers = None) -> None:
-    """Run the dataflow: events from Kafka become sealed segments."""
+    """Run the dataflow: events become segments."""
     _settle()
     from riverdelta.streams.run import run
 
@@ -67,7 +70,7 @@ def stream(config: Config = None, data: Data = None, kafka: KafkaServers = None)
 
 @app.command()
 def train(config: Config = None, data: Data = None, base: Base = None) -> None:
-    """Run a trainer: sealed segments become versions."""
+    """Run a trainer: segments become versions."""
     _settle()
     from riverdelta.trainer.run import run
 
@@ -82,7 +85,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
 ) -> None:
-    """Run a server: an OpenAI-compatible endpoint over every adapter's release."""
+    """Run a server: OpenAI-compatible, all adapters."""
     _settle()
     from riverdelta.serving.run import run
 
@@ -127,7 +130,10 @@ def ask(
     config: Config = None,
     data: Data = None,
 ) -> None:
-    r"""Ask the serving endpoint, e.g. riverdelta ask acme "Q: Who is on call?\nA:" (\n is a new line)."""
+    r"""Ask an adapter, a version or the base.
+
+    For instance: riverdelta ask acme "Q: Who is on call?\nA:", where \n stands for a new line.
+    """
     from .ask import Question
     from .ask import ask as run
 
@@ -145,7 +151,10 @@ def trace(
     data: Data = None,
     kafka: KafkaServers = None,
 ) -> None:
-    """Say what became of an event: entry, segment, versions, and whether it is live."""
+    """Say what became of an event.
+
+    Its partition and offset, entry, segment and outcome, the versions that learned it, and whether it is live.
+    """
     from .trace import trace as run
 
     run(read_settings(config, data, kafka=kafka), event, source, adapter, as_json)
@@ -182,7 +191,11 @@ def counterfactual(
     base: Base = None,
     kafka: KafkaServers = None,
 ) -> None:
-    """Train an adapter alone from the raw events, with subjects suppressed from the start, and compare the digests."""
+    """Train without a subject's data, and compare.
+
+    A fresh process trains the adapter alone from Kafka's raw events, with subjects suppressed from the start, and
+    compares the SHA-256 of its weights with that of the live ones. Exit code 0 if they are equal, 1 if not.
+    """
     from .counterfactual import main as run
 
     settings = with_kafka(with_base(read_settings(config, data, base, kafka)))
@@ -202,7 +215,7 @@ def demo(
     base: Annotated[str, typer.Option(help="Base model: a folder, a Hugging Face id, or `gemma`.")] = "gemma",
     data: Annotated[Path | None, typer.Option(help="Data folder (default: a temporary one).")] = None,
 ) -> None:
-    """Tell the whole story on real parts: learn, serve, roll back, forget, and prove it."""
+    """Learn, roll back, forget and prove it, for real."""
     from .demo import run
 
     raise typer.Exit(run(base, data, keep))
