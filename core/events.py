@@ -114,7 +114,6 @@ _encoder = msgspec.json.Encoder()
 # One reader for the common case: plain records carry "type" as a tag, an example need not.
 _plain: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 _example = msgspec.json.Decoder(Example)
-_envelope = msgspec.json.Decoder(Envelope)
 _peek = msgspec.json.Decoder(dict[str, Any])
 CLOUD_TYPES = {f"riverdelta.{kind}.v1": kind for kind in ("example", "interaction", "feedback")}
 

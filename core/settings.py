@@ -36,15 +36,19 @@ class Kafka(_Part):
         description="host:port, comma separated; empty means what KAFKA_BOOTSTRAP_SERVERS names, "
         "else the broker that `riverdelta up` runs for the data folder",
     )
-    security: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = ""
-    username: str = ""
-    password: str = Field("", repr=False)
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
-    key_password: str = Field("", repr=False)
-    check_hostname: bool = True
+    security: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how clients connect: encrypted or not, with a password or not"
+    )
+    sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "", description="how the password is presented; needed for SASL"
+    )
+    username: str = Field("", description="SASL user name")
+    password: str = Field("", repr=False, description="SASL password")
+    ca_file: str = Field("", description="PEM file of the authorities that brokers' certificates are signed by")
+    cert_file: str = Field("", description="PEM file of this client's certificate")
+    key_file: str = Field("", description="PEM file of this client's key")
+    key_password: str = Field("", repr=False, description="password of the key file")
+    check_hostname: bool = Field(True, description="whether a broker's certificate must name its host")
 
     def for_kafka_python(self) -> dict[str, Any]:
         """Keyword arguments of kafka-python's clients."""
@@ -84,13 +88,15 @@ class Kafka(_Part):
 class Topics(_Part):
     """Names and shape of the topics, created or verified at start."""
 
-    events: str = "riverdelta.events"
-    control: str = "riverdelta.control"
-    jobs: str = "riverdelta.jobs"
-    releases: str = "riverdelta.releases"
-    partitions: int = Field(4, ge=1)
-    replication: int = Field(1, ge=1)
-    retention_hours: float = Field(168.0, gt=0)
+    events: str = Field("riverdelta.events", description="what to learn; its dead letters go to the same name with .DLT")
+    control: str = Field("riverdelta.control", description="requests to forget and to allow")
+    jobs: str = Field("riverdelta.jobs", description="wake-ups for trainers")
+    releases: str = Field("riverdelta.releases", description="wake-ups for servers")
+    partitions: int = Field(4, ge=1, description="of the events topic, when it is created")
+    replication: int = Field(1, ge=1, description="copies of each topic, when it is created")
+    retention_hours: float = Field(
+        168.0, gt=0, description="how long events, dead letters and requests are kept, when their topics are created"
+    )
 
     @property
     def dead_letters(self) -> str:
@@ -101,7 +107,9 @@ class Topics(_Part):
 class Streams(_Part):
     """The dataflow."""
 
-    unknown_adapters: Literal["create", "refuse"] = "refuse"
+    unknown_adapters: Literal["create", "refuse"] = Field(
+        "refuse", description="what an event for an adapter that does not exist does (under `riverdelta up`: create)"
+    )
     max_adapters: int = Field(10_000, ge=1, description="cap on adapters created by events")
     dedupe_window: int = Field(
         10_000, ge=0, description="admitted events per adapter in which a producer's duplicate is recognised"
@@ -123,29 +131,33 @@ class Streams(_Part):
 class Trainer(_Part):
     """The trainer."""
 
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = Field("cpu", description="torch device, such as `cuda` or `cuda:1`")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the base model's products")
     threads: int = Field(0, ge=0, description="CPU threads; 0 means all cores. Part of the environment fingerprint")
     poll_seconds: float = Field(0.5, gt=0, description="how often the ledger is read when no wake-up comes")
-    metrics_port: int = Field(0, ge=0)
+    metrics_port: int = Field(0, ge=0, description="loopback port for Prometheus; 0 is off")
 
 
 class Serving(_Part):
     """The server."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    device: str = "cpu"
-    dtype: str = "auto"
-    max_batch: int = Field(32, ge=1)
-    max_model_len: int = Field(4096, ge=16)
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 is any free one")
+    device: str = Field("cpu", description="torch device, such as `cuda` or `cuda:1`")
+    dtype: str = Field(
+        "auto", description="`float32`, `bfloat16` or `float16`; `auto` is what is fastest without changing answers"
+    )
+    max_batch: int = Field(32, ge=1, description="requests computed side by side")
+    max_model_len: int = Field(4096, ge=16, description="tokens of a prompt and its answer together")
     kv_tokens: int = Field(16384, ge=256, description="tokens that the KV cache holds over all sequences")
-    prefill_chunk: int = Field(256, ge=1)
+    prefill_chunk: int = Field(256, ge=1, description="tokens of prompts taken into one step")
     adapter_slots: int = Field(32, ge=1, description="adapters ready to compute; memory taken at start")
     max_rank: int = Field(32, ge=1, le=256, description="largest rank served; a slot takes memory for it")
-    max_queue: int = Field(1024, ge=1)
-    threads: int = Field(0, ge=0)
-    batch_invariant: bool = False
+    max_queue: int = Field(1024, ge=1, description="requests that may wait; more are refused (429)")
+    threads: int = Field(0, ge=0, description="CPU threads; 0 means all cores")
+    batch_invariant: bool = Field(
+        False, description="give each answer the bits that it would have alone, whatever else is in the batch; slower"
+    )
     api_keys: str = Field("", description="TOML file of keys; needed to bind anything but loopback")
     interactions: list[str] = Field(
         [], description="adapters whose answers are published as interaction events; `*` means all"
@@ -162,7 +174,7 @@ class Registry(_Part):
     ledger: str = Field("", description="SQLAlchemy URL; empty means SQLite in the data folder")
     mlflow: str = Field("", description="MLflow tracking URI; empty means SQLite in the data folder")
     store: str = Field("", description="object store URL; empty means a folder in the data folder")
-    poll_seconds: float = Field(0.5, gt=0)
+    poll_seconds: float = Field(0.5, gt=0, description="how often the keeper reads the ledger when no wake-up comes")
 
 
 class Settings(BaseSettings):
@@ -175,9 +187,9 @@ class Settings(BaseSettings):
         nested_model_default_partial_update=True,
     )
 
-    data: Path = Path("riverdelta-data")
+    data: Path = Field(Path("riverdelta-data"), description="folder of everything that lasts, but the secrets")
     keys: Path | None = Field(
-        None, description="folder of secrets, outside the data folder; default: beside it, <data>-keys"
+        None, description="folder of secrets, outside the data folder; default: beside it, `<data>-keys`"
     )
     base: str = Field("", description="Hugging Face id or folder of the base model")
     kafka: Kafka = Kafka()

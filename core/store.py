@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -106,6 +108,16 @@ class ObjectStore:
         """Remove what is under the key, if anything."""
         with contextlib.suppress(NotFound):
             self._call("delete", key, lambda obs: obs.delete(self._store, key))
+
+    def drop_drafts(self, age: float) -> None:
+        """Delete what writers that were killed left half written more than `age` seconds ago (folders only)."""
+        if self._folder is None:
+            return
+        limit = time.time() - age
+        for path in self._folder.rglob("*#*"):
+            with contextlib.suppress(FileNotFoundError):
+                if re.fullmatch(r".+#\d+", path.name) and path.stat().st_mtime <= limit:
+                    path.unlink()  # a writer that lives after all begins again
 
     def keys(self, prefix: str) -> Iterator[str]:
         """The keys below a folder, sorted."""

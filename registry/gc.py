@@ -38,4 +38,5 @@ def collect(ledger: Ledger, store: ObjectStore, grace: float, dry: bool = False)
     if not dry:
         for key in deleted:
             store.delete(key)
+        store.drop_drafts(grace)
     return Collected(deleted, sorted(found.keys() - set(deleted)))

@@ -8,7 +8,6 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
 
 from riverdelta.core.errors import Conflict, NotFound, RiverdeltaError, Unavailable
 from riverdelta.core.settings import Settings, new_holder
@@ -192,13 +191,3 @@ class Keeper:
         if self._told.get(forget.id) != what:
             self._told[forget.id] = what
             log.log(level, "Forget %s %s", forget.id, what)
-
-
-def wait(condition: Callable[[], bool], seconds: float, every: float = 0.1) -> bool:
-    """Whether a condition has come true within some time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(every)
-    return True

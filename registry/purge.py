@@ -67,6 +67,7 @@ class Purge:
         left = {part["adapter"]: self._projection.erase(part["adapter"], part["versions"]) for part in _parts(forget)}
         if not self._collect():
             return False
+        self._store.drop_drafts(self._orphan_seconds)
         for part in _parts(forget):
             self._ledger.mark_purged(part["adapter"], part["versions"])
         self._projection.scrub()

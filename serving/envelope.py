@@ -77,12 +77,11 @@ class Envelope:
             return 401, error_body(401, "invalid_api_key", "No valid API key was given: send Authorization: Bearer.")
         scope["state"]["caller"] = caller
         scope["state"]["said"]["caller"] = caller.name
-        if path.startswith("/admin/"):
-            if not caller.admin:
-                return 403, error_body(403, "refused", "This key may not act on the registry.")
-            # A web page must not reach these through its visitor's browser.
-            if not self._keys.required and not _LOCAL_HOST.fullmatch(headers.get("host", "")):
-                return 403, error_body(403, "refused", "Without API keys these calls are for localhost only.")
+        # Without keys a web page must not get here through its visitor's browser, under a name that it points at us.
+        if not self._keys.required and not _LOCAL_HOST.fullmatch(headers.get("host", "")):
+            return 403, error_body(403, "refused", "Without API keys this server answers to localhost only.")
+        if path.startswith("/admin/") and not caller.admin:
+            return 403, error_body(403, "refused", "This key may not act on the registry.")
         if scope["method"] == "POST":
             length = headers.get("content-length", "0")
             if not length.isdigit() or int(length) > MAX_BODY:

@@ -136,15 +136,12 @@ class Sealer:
     def _resolve(self, state: Admission, why: Exception, payloads: Sequence[str]) -> None:
         """Make the adapter ready to be sealed anew, and leave nothing in the store that no segment names."""
         self._metrics.refused.labels(type(why).__name__).inc()
-        if isinstance(why, StaleEpoch):
-            self._patience.until(lambda: self._owner.refresh(state), "reading the ledger")
-            named: set[str] = set()
-        else:
-            number = state.next_segment
-            self._patience.until(lambda: self._owner.reload(state), "reading the ledger")
-            # The refused may be our own, sealed by a transaction whose acknowledgement was lost.
-            segments = self._patience.until(lambda: self._ledger.segments(state.name, number), "reading the ledger")
-            named = {segment.payload for segment in segments}
+        number = state.next_segment
+        again = self._owner.refresh if isinstance(why, StaleEpoch) else self._owner.reload
+        self._patience.until(lambda: again(state), "reading the ledger")
+        # The refused may be our own, sealed by a transaction whose acknowledgement was lost.
+        segments = self._patience.until(lambda: self._ledger.segments(state.name, number), "reading the ledger")
+        named = {segment.payload for segment in segments}
         for key in payloads:
             if key not in named:
                 self._patience.until(partial(self._store.delete, key), "deleting an unused payload")

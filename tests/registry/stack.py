@@ -1,7 +1,8 @@
 """A ledger and store with real payloads and weights, without a trainer: increments are digests of what they saw."""
 
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -95,3 +96,13 @@ def two_versions(settings: Settings) -> Stack:
     stack.seal("acme", [("ann", "canary-ann-secret"), ("bob", "canary-bob-three")])
     stack.train("acme")
     return stack
+
+
+def wait(condition: Callable[[], object], seconds: float) -> bool:
+    """Whether a condition has come true within some time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

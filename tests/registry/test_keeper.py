@@ -15,9 +15,9 @@ import pytest
 
 from riverdelta.core.settings import Kafka, Settings
 from riverdelta.registry import operations
-from riverdelta.registry.keeper import Keeper, run, wait
+from riverdelta.registry.keeper import Keeper, run
 from riverdelta.registry.ledger import Stage
-from tests.registry.stack import Stack, two_versions
+from tests.registry.stack import Stack, two_versions, wait
 
 
 @pytest.fixture
