@@ -89,8 +89,7 @@ def _meaning(field: FieldInfo) -> str:
         for name, text in limits.items()
         if getattr(limit, name, None) is not None
     ]
-    about = (field.description or "").replace("<", "&lt;")
-    return "; ".join(part for part in (about, " and ".join(bounds)) if part)
+    return "; ".join(part for part in (field.description, " and ".join(bounds)) if part)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,9 @@ class Kafka(_Part):
 class Topics(_Part):
     """Names and shape of the topics, created or verified at start."""
 
-    events: str = Field("riverdelta.events", description="what to learn; its dead letters go to the same name with .DLT")
+    events: str = Field(
+        "riverdelta.events", description="what to learn; its dead letters go to the same name with .DLT"
+    )
     control: str = Field("riverdelta.control", description="requests to forget and to allow")
     jobs: str = Field("riverdelta.jobs", description="wake-ups for trainers")
     releases: str = Field("riverdelta.releases", description="wake-ups for servers")
@@ -145,7 +147,9 @@ class Serving(_Part):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 is any free one")
     device: str = Field("cpu", description="torch device, such as `cuda` or `cuda:1`")
     dtype: str = Field(
-        "auto", description="`float32`, `bfloat16` or `float16`; `auto` is what is fastest without changing answers"
+        "auto",
+        description="`float32`, `bfloat16` or `float16`; `auto` is bfloat16 on a GPU, and on a CPU whatever is "
+        "measured to be fastest with the same answers",
     )
     max_batch: int = Field(32, ge=1, description="requests computed side by side")
     max_model_len: int = Field(4096, ge=16, description="tokens of a prompt and its answer together")
@@ -191,7 +195,7 @@ class Settings(BaseSettings):
     keys: Path | None = Field(
         None, description="folder of secrets, outside the data folder; default: beside it, `<data>-keys`"
     )
-    base: str = Field("", description="Hugging Face id or folder of the base model")
+    base: str = Field("", description="Hugging Face id or folder of the base model; `gemma` is the demo's")
     kafka: Kafka = Kafka()
     topics: Topics = Topics()
     streams: Streams = Streams()
