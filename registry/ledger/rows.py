@@ -11,9 +11,9 @@ def _given(row: Row[Any], *without: str) -> dict[str, Any]:
     return {key: value for key, value in row._mapping.items() if key not in without}
 
 
-def adapter_of(row: Row[Any], *without: str) -> AdapterRecord:
-    """An adapter's head, in a row that may have other columns too."""
-    return AdapterRecord(**_given(row, *without))
+def adapter_of(row: Row[Any]) -> AdapterRecord:
+    """An adapter's head."""
+    return AdapterRecord(**_given(row))
 
 
 def segment_of(row: Row[Any]) -> SegmentRecord:

@@ -79,11 +79,13 @@ class Sealing(Journal):
 
     def _read(self, c: sa.Connection, batch: "_Batch", names: Sequence[str]) -> None:
         a, f = t.adapters.c, t.facts.c
-        last = t.adapters.outerjoin(t.facts, sa.and_(f.adapter == a.name, f.seq == a.head))
-        heads = sa.select(t.adapters, f.chain).select_from(last).where(a.name.in_(names)).order_by(a.name)
-        for row in c.execute(heads.with_for_update(of=t.adapters)):
-            batch.before[row.name] = batch.heads[row.name] = adapter_of(row, "chain")
-            batch.chains[row.name] = row.chain or ""
+        heads = sa.select(t.adapters).where(a.name.in_(names)).order_by(a.name)
+        for row in c.execute(heads.with_for_update()):
+            batch.before[row.name] = batch.heads[row.name] = adapter_of(row)
+        # A statement of its own: PostgreSQL joins a row that it had to wait for with what the others held before.
+        last = t.adapters.join(t.facts, sa.and_(f.adapter == a.name, f.seq == a.head))
+        for row in c.execute(sa.select(a.name, f.chain).select_from(last).where(a.name.in_(names))):
+            batch.chains[row.name] = row.chain
         for row in c.execute(sa.select(t.consumed).where(t.consumed.c.adapter.in_(names))):
             batch.consumed[row.adapter, row.incarnation, row.partition] = row.next_offset
 

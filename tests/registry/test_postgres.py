@@ -21,6 +21,7 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.registry.ledger import Ledger
 from tests.brokers import free_port
 from tests.registry.test_ledger_machine import LedgerMachine
+from tests.registry.test_races import race
 
 _SERVERS = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(p).parent for p in [shutil.which("initdb")] if p]
 
@@ -112,3 +113,18 @@ def test_racing_writers_serialise(server: str) -> None:
     assert [fact.seq for fact in ledger.facts("acme")] == list(range(1, 50))
     assert [fence.number for fence in ledger.fences(0)] == list(range(1, 49))
     ledger.close()
+
+
+def test_writers_of_every_kind_serialise(server: str) -> None:
+    race(fresh(server))
+
+
+def test_one_process_at_a_time_is_exclusive(server: str) -> None:
+    one = Ledger.open(fresh(server))
+    other = Ledger.open(one.db.url)
+    with one.db.exclusive("keeper") as alone, other.db.exclusive("keeper") as too:
+        assert (alone, too) == (True, False)
+    with other.db.exclusive("keeper") as alone:
+        assert alone
+    one.close()
+    other.close()

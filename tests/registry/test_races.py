@@ -1,0 +1,63 @@
+"""Writers that race on one adapter come to one history."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from riverdelta.core.errors import Conflict
+from riverdelta.core.recipe import Recipe
+from riverdelta.registry.ledger import Ledger
+from riverdelta.registry.verify import check_chain
+from tests.registry.histories import World, check_adapter, keyed
+
+
+def race(url: str, rounds: int = 25) -> None:
+    """A dataflow worker, two trainers, an operator and forgets, each on connections of its own."""
+    ledger = Ledger.open(url)
+    ledger.create("acme", Recipe(), "test")
+    contents: dict[tuple[str, int], str] = {}
+    broken: list[BaseException] = []
+
+    def loop(times: int, act: Callable[[World, int], object]) -> None:
+        world = World(Ledger.open(url), contents)
+        try:
+            for number in range(times):
+                try:
+                    act(world, number)
+                except Conflict:
+                    pass  # refused, as it must be when another was faster
+        except BaseException as error:
+            broken.append(error)
+        finally:
+            world.ledger.close()
+
+    def operate(world: World, number: int) -> None:
+        if number % 2:
+            world.ledger.release("acme", 0, "op")
+        elif world.ledger.adapter("acme").held is None:
+            world.ledger.rollback("acme", 0, "op")
+        else:
+            world.ledger.resume("acme", "tip", "op")
+
+    acts: list[tuple[int, Callable[[World, int], object]]] = [
+        (2 * rounds, lambda world, number: world.seal("acme", [([f"s{number % 7}"], "")])),
+        (2 * rounds, lambda world, _: world.train("acme")),
+        (2 * rounds, lambda world, _: world.train("acme")),
+        (rounds, operate),
+        (4, lambda world, number: world.ledger.forget(f"r{number}", keyed(f"s{number}"), ["acme"], "op")),
+    ]
+    threads = [threading.Thread(target=loop, args=act) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert broken == []
+    check_chain(ledger.facts("acme"))
+    check_adapter(World(ledger, contents), "acme")
+    assert ledger.adapter("acme").epoch == 4
+    assert ledger.clock() == ledger.adapter("acme").head == len(ledger.facts("acme"))
+    ledger.close()
+
+
+def test_writers_serialise(tmp_path: Path) -> None:
+    race(f"sqlite:///{tmp_path}/ledger.db")
