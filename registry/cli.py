@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from riverdelta.core.errors import BadInput, Unsupported
+from riverdelta.core.errors import BadInput, NotFound, Unsupported
 
 if TYPE_CHECKING:
     from riverdelta.core.settings import Settings
@@ -49,13 +49,12 @@ def create(
     """Make an adapter. It answers as the base until it has learned."""
     from riverdelta.core.recipe import Recipe
 
+    from . import operations
     from .report import print_adapter
 
     shape = Recipe.load(recipe) if recipe else Recipe()
-    with _ledger(config, data) as (settings, ledger):
-        ledger.create(name, shape, _actor(actor), reason)
-        with _wakeups(settings) as wakeups:
-            wakeups.send(settings.topics.releases, name)
+    with _ledger(config, data, make=True) as (settings, ledger), _wakeups(settings) as wakeups:
+        operations.create(ledger, settings, name, shape, actor=_actor(actor), reason=reason, wakeups=wakeups)
         print_adapter(ledger, name, as_json)
 
 
@@ -173,7 +172,7 @@ def forget(
 ) -> None:
     """Forget a subject. Returns once no server can answer from what saw it; rebuild and purge follow by themselves."""
     from . import operations
-    from .report import print_forget, waiting
+    from .report import print_forget, telling, waiting
 
     adapters = _scope(adapter, all_adapters)
     with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
@@ -189,7 +188,10 @@ def forget(
                 wakeups=wakeups,
                 progress=progress,
             )
-        done = operations.await_purge(ledger, report.forget.id) if wait else report.forget
+        done = report.forget
+        if wait:
+            with telling("Fenced; rebuild and purge") as tell:
+                done = operations.await_purge(ledger, done.id, tell)
         print_forget(done, report, as_json)
 
 
@@ -265,7 +267,7 @@ def import_(
     from .peft_io import base_linears, import_folder
     from .report import print_adapter
 
-    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
+    with _ledger(config, data, make=True) as (settings, ledger), _wakeups(settings) as wakeups:
         linears = base_linears(resolve(base or settings.base or settings.running().get("base", "")))
         import_folder(ledger, ObjectStore(settings.store_url), name, folder, linears, _actor(actor), reason)
         wakeups.send(settings.topics.releases, name)
@@ -298,14 +300,12 @@ def export(
 @app.command()
 def repair(config: Config = None, data: Data = None) -> None:
     """Make MLflow show what the ledger says: models, versions, alias `live`, tags, metrics, artifacts."""
-    from riverdelta.core.store import ObjectStore
+    from . import operations
+    from .report import telling
 
-    from .mlflow_projection import Projection
-    from .mlflow_store import MlflowStore
-
-    with _ledger(config, data) as (settings, ledger):
-        names = Projection(ledger, ObjectStore(settings.store_url), MlflowStore(settings)).repair()
-        typer.echo(f"MLflow shows {len(names)} adapters as the ledger has them.")
+    with _ledger(config, data) as (settings, ledger), telling("Making MLflow show what the ledger says") as tell:
+        count = operations.repair(ledger, settings, tell)
+    typer.echo(f"MLflow shows {count} adapters as the ledger has them.")
 
 
 @app.command()
@@ -350,10 +350,16 @@ def _settings(config: Path | None, data: Path | None) -> "Settings":
 
 
 @contextmanager
-def _ledger(config: Path | None, data: Path | None) -> Iterator[tuple["Settings", "Ledger"]]:
+def _ledger(config: Path | None, data: Path | None, make: bool = False) -> Iterator[tuple["Settings", "Ledger"]]:
+    """The settings and their ledger, made if there is none and it may be."""
     from .ledger import Ledger
 
     settings = _settings(config, data)
+    if not make and not settings.registry.ledger and not (settings.data / "ledger.db").is_file():
+        raise NotFound(
+            f"{settings.data} holds no ledger.",
+            "Give --data FOLDER, or begin one with `riverdelta up` or `riverdelta registry create NAME`.",
+        )
     ledger = Ledger.open(settings.ledger_url)
     try:
         yield settings, ledger

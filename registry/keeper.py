@@ -17,13 +17,13 @@ from riverdelta.core.telemetry import set_up_logs
 from .control import Control
 from .ledger import Forget, Lease, Ledger, Stage
 from .mlflow_projection import Projection
+from .operations import KEEPER
 from .purge import ORPHAN_SECONDS, Purge
 from .wakeups import Wakeups
 
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 10.0
-NAME = "keeper"
 _ADOPT_SECONDS = 2.0
 _STAND_BY_SECONDS = 1.0
 
@@ -39,7 +39,7 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
     try:
         told = False
         while not stop.is_set():
-            with ledger.db.exclusive(NAME) as alone:
+            with ledger.db.exclusive(KEEPER) as alone:
                 if alone:
                     _keep(ledger, settings, stop)
                     return
@@ -99,6 +99,7 @@ def _show(keeper: "Keeper", settings: Settings, stop: threading.Event, moved: th
         moved.clear()
         try:
             if not repaired:
+                keeper.projection.adopt()  # an alias may have been moved while no keeper was there
                 keeper.projection.repair()
                 repaired = True
             keeper.projection.catch_up()
@@ -164,7 +165,7 @@ class Keeper:
             servers, lost = self._ledger.settle_fence(forget.fence, ["server"], waited)
             if servers:
                 return self._waits(forget, servers)
-            forget = self._ledger.advance(forget.id, Stage.ACKNOWLEDGED, {"lost": lost}, NAME)
+            forget = self._ledger.advance(forget.id, Stage.ACKNOWLEDGED, {"lost": lost}, KEEPER)
         # Not before they have all let go of it: what is still in a worker's hands could be written after the purge.
         others, _ = self._ledger.settle_fence(forget.fence, ["stream", "trainer"], waited)
         if others:
@@ -173,7 +174,7 @@ class Keeper:
             if not self._ledger.is_rebuilt(forget):
                 self._tell(forget, "waits for its rebuild")
                 return forget
-            forget = self._ledger.advance(forget.id, Stage.REBUILT, {}, NAME)
+            forget = self._ledger.advance(forget.id, Stage.REBUILT, {}, KEEPER)
         if forget.id not in self._purges:
             self._purges[forget.id] = Purge(
                 self._ledger, self._store, self.projection, self._settings, self._orphan_seconds

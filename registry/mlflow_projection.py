@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from riverdelta.core.digests import canonical_json
-from riverdelta.core.errors import Conflict, NotFound, Refused
+from riverdelta.core.errors import Conflict, Corrupt, NotFound, Refused
 from riverdelta.core.store import ObjectStore, weights_key
 
 from .ledger import AdapterRecord, Ledger, VersionRecord
@@ -39,39 +39,40 @@ class Projection:
         self._one_at_a_time = threading.RLock()
 
     def catch_up(self) -> list[str]:
-        """Project every adapter whose journal has moved on; their names."""
+        """Project every adapter whose journal has moved on; their names. One that cannot be shown, as its weights are
+        damaged, keeps no other waiting."""
         behind = []
         for name, head in self._ledger.heads().items():
             if self._ledger.projected(name)[0] < head:
-                self.project(name)
+                try:
+                    self.project(name)
+                except (Conflict, Corrupt, NotFound) as error:
+                    log.warning("MLflow does not show %s as it is: %s", name, error)
                 behind.append(name)
         return behind
 
     def repair(self) -> list[str]:
         """Restore what is missing or wrong of any adapter; the names of the adapters that there are."""
-        names = sorted(self._ledger.heads())
-        for name in names:
-            self.project(name, whole=True)
-        return names
+        ask_for_repair(self._ledger)
+        return self.catch_up()
 
-    def project(self, adapter: str, whole: bool = False) -> None:
-        """Bring MLflow to the ledger's state of one adapter. With `whole`, what was projected before is looked at
-        again too."""
+    def project(self, adapter: str) -> None:
+        """Bring MLflow to the ledger's state of one adapter. What its notes say is shown already is not looked at."""
         with self._one_at_a_time:
             head = self._ledger.adapter(adapter)
             versions = self._ledger.versions(adapter)
-            _, notes = self._ledger.projected(adapter)
-            shown: dict[str, Any] = {} if whole else dict(notes.get("versions", {}))
+            seq, notes = self._ledger.projected(adapter)
+            shown = notes.get("versions", {})
             due = [v for v in versions.values() if shown.get(str(v.number)) != _mark(v)]
-            self._mlflow.ensure_model(adapter, _model_tags(head))
+            aliases = self._mlflow.ensure_model(adapter, _model_tags(head))
             if due:
                 self._project_versions(head, due)
             found = _by_number(self._mlflow.model_versions(adapter), versions)
-            live = found[head.release].version if head.release in found else ""
-            if self._mlflow.aliases(LIVE).get(adapter, "") != str(live):
-                self._mlflow.set_alias(adapter, LIVE, str(live))
-            body = {"versions": {str(v.number): _mark(v) for v in versions.values()}, "live": str(live)}
-            self._ledger.mark_projected(adapter, head.head, body)
+            live = str(found[head.release].version) if head.release in found else ""
+            if aliases.get(LIVE, "") != live:
+                self._mlflow.set_alias(adapter, LIVE, live)
+            body = {"versions": {str(v.number): _mark(v) for v in versions.values()}, "live": live}
+            self._ledger.mark_projected(adapter, head.head, body, was=seq)
 
     def adopt(self) -> list[str]:
         """Take an alias that somebody moved in MLflow as an operator's act, or put it back where the ledger refuses;
@@ -153,6 +154,12 @@ class Projection:
         self._mlflow.log(run, _flat(head.recipe), _curves(version.metrics), at)
         self._mlflow.end_run(run, at)
         return run
+
+
+def ask_for_repair(ledger: Ledger) -> None:
+    """Let every adapter be looked at anew by whoever projects next."""
+    for name in ledger.heads():
+        ledger.mark_projected(name, 0, {})
 
 
 def _mark(version: VersionRecord) -> str:

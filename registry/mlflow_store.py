@@ -43,8 +43,8 @@ class MlflowStore:
                 if not token:
                     return {model.name: str(model.aliases.get(alias, "")) for model in models}
 
-    def ensure_model(self, name: str, tags: Mapping[str, str]) -> None:
-        """A registered model with these tags; its other tags are left alone."""
+    def ensure_model(self, name: str, tags: Mapping[str, str]) -> dict[str, str]:
+        """A registered model with these tags; its other tags are left alone. Its aliases are returned."""
         from mlflow.exceptions import MlflowException
 
         with self._told():
@@ -57,6 +57,7 @@ class MlflowStore:
             for key, value in tags.items():
                 if held.tags.get(key) != value:
                     self._client.set_registered_model_tag(name, key, value)
+            return {alias: str(version) for alias, version in held.aliases.items()}
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
         """Point an alias at an MLflow version; at none where it is empty."""

@@ -11,14 +11,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from riverdelta.core.errors import BadInput, NotFound
+from riverdelta.core.errors import BadInput, NotFound, Unavailable
 from riverdelta.core.keys import SubjectKey
+from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
+from riverdelta.core.store import ObjectStore
 
 from .ledger import AdapterRecord, Forget, Lease, Ledger, Mode, Stage
+from .mlflow_projection import Projection, ask_for_repair
 from .wakeups import Wakeups
 
 Progress = Callable[[list[Lease]], None]
+KEEPER = "keeper"  # what one process at a time does
+_POLL_SECONDS = 0.2
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]+")
 
 
@@ -34,6 +39,22 @@ class ForgetReport:
     revoked: dict[str, int]
     lost: list[str]
     seconds: float
+
+
+def create(
+    ledger: Ledger,
+    settings: Settings,
+    adapter: str,
+    recipe: Recipe,
+    *,
+    actor: str,
+    reason: str = "",
+    wakeups: Wakeups | None = None,
+) -> AdapterRecord:
+    """Make an adapter. It answers as the base until it has learned."""
+    head = ledger.create(adapter, recipe, _line(actor, 128), _line(reason))
+    _tell(settings, wakeups, [adapter])
+    return head
 
 
 def rollback(
@@ -109,13 +130,38 @@ def forget(
     return ForgetReport(done, revoked, lost, time.monotonic() - start)
 
 
-def await_purge(ledger: Ledger, request: str, every: float = 0.2) -> Forget:
-    """Wait until the keeper has purged what a forget wrote off; its procedure then."""
-    while True:
-        forget = ledger.forget_of(request)
-        if forget.stage is Stage.PURGED:
-            return forget
-        time.sleep(every)
+def await_purge(ledger: Ledger, request: str, progress: Callable[[str], None] | None = None) -> Forget:
+    """Wait until the keeper has purged what a forget wrote off; its procedure then. `progress` hears the stage;
+    `Unavailable` when no keeper is at work."""
+    while (forget := ledger.forget_of(request)).stage is not Stage.PURGED:
+        with ledger.db.exclusive(KEEPER) as alone:
+            if alone:
+                raise Unavailable(
+                    f"No keeper is at work; the forget {request} stays {forget.stage}.",
+                    "Start `riverdelta up` or `riverdelta registry run`: it goes on by itself.",
+                )
+        if progress is not None:
+            progress(str(forget.stage))
+        time.sleep(_POLL_SECONDS)
+    return forget
+
+
+def repair(ledger: Ledger, settings: Settings, progress: Callable[[str], None] | None = None) -> int:
+    """Make MLflow show what the ledger says, here or, where one is at work, by the keeper; the number of adapters.
+    `progress` hears what is still to be looked at."""
+    with ledger.db.exclusive(KEEPER) as alone:
+        if alone:
+            from .mlflow_store import MlflowStore
+
+            return len(Projection(ledger, ObjectStore(settings.store_url), MlflowStore(settings)).repair())
+    heads = ledger.heads()
+    ask_for_repair(ledger)
+    left = set(heads)
+    while left := {name for name in left if ledger.projected(name)[0] < heads[name]}:
+        if progress is not None:
+            progress(f"{len(left)} adapters")
+        time.sleep(_POLL_SECONDS)
+    return len(heads)
 
 
 def fence(

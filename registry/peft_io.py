@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from riverdelta.core import weights
-from riverdelta.core.errors import BadInput, Conflict, NotFound, Refused, Unsupported
+from riverdelta.core.digests import sha256
+from riverdelta.core.errors import BadInput, Conflict, Corrupt, NotFound, Refused, Unsupported
 from riverdelta.core.peft_format import check_servable
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore, weights_key
@@ -73,23 +74,24 @@ def import_folder(
     `linears` are the base's linear layers, as module path -> (in, out) features. `Unsupported` names what serving
     cannot serve; nothing is made then.
     """
-    config, tensors = _read(folder)
+    config, tensors, raw = _read(folder)
     sites = check_servable(config, tensors, linears)
-    kept = {key: config[key] for key in _KEPT if config.get(key) is not None}
-    data, digest = weights.encode(kept, tensors)
+    data, digest = _ours(config, raw) or weights.encode(
+        {key: config[key] for key in _KEPT if config.get(key) is not None}, tensors
+    )
+    rank = max(site.rank for site in sites)
     recipe = Recipe.from_dict(
         {
             "lora": {
-                "rank": max(site.rank for site in sites),
-                "alpha": float(config.get("lora_alpha", max(site.rank for site in sites))),
+                "rank": rank,
+                "alpha": float(config.get("lora_alpha") or rank),
                 "rslora": bool(config.get("use_rslora")),
                 "targets": sorted({site.module.rsplit(".", 1)[-1] for site in sites}),
             }
         }
     )
-    ledger.create(adapter, recipe, actor, reason)
     store.put(weights_key(digest), data)
-    return ledger.import_version(adapter, digest, {"imported": True}, actor, reason)
+    return ledger.import_adapter(adapter, recipe, digest, {"imported": True}, actor, reason)
 
 
 def base_linears(base: Path) -> dict[str, tuple[int, int]]:
@@ -106,9 +108,18 @@ def base_linears(base: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _ours(config: dict[str, Any], raw: bytes) -> tuple[bytes, str] | None:
+    """A file that was exported from here, and its digest, which stays what it was."""
+    try:
+        held, _ = weights.decode(raw)
+    except Corrupt:
+        return None
+    return (raw, sha256(raw)) if held == config else None
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     if not (folder / CONFIG).is_file() or not (folder / TENSORS).is_file():
         raise NotFound(f"{folder} does not hold {CONFIG} and {TENSORS}.", "Save the adapter with save_pretrained.")
@@ -116,6 +127,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         config = json.loads((folder / CONFIG).read_text())
         if not isinstance(config, dict):
             raise BadInput(f"{folder / CONFIG} is not a JSON object.", "Save the adapter again with peft.")
-        return config, load_file(folder / TENSORS)
+        raw = (folder / TENSORS).read_bytes()
+        return config, load(raw), raw
     except (ValueError, SafetensorError) as error:
         raise Unsupported(f"{folder} cannot be read: {error}.", "Save the adapter again with peft.") from error

@@ -1,7 +1,7 @@
 """What the registry commands print: tables for people, JSON for scripts."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .ledger import Fact, Forget, Lease, Ledger, Outcome, Stage, VersionRecord
+from .ledger import Fact, Forget, Ledger, Outcome, Stage, VersionRecord
 from .operations import ForgetReport, Progress
 from .verify import Verified
 
@@ -142,14 +142,17 @@ def print_verified(found: Sequence[Verified], as_json: bool) -> int:
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[Progress]:
-    """A line on standard error while leases are waited for."""
+def telling(what: str) -> Iterator[Callable[[str], None]]:
+    """A line on standard error while something is waited for, and how far it has come."""
     with _err.status(f"{what} ...") as status:
+        yield lambda how: status.update(f"{what}: {how} ...")
 
-        def progress(leases: list[Lease]) -> None:
-            status.update(f"{what}: {', '.join(lease.holder for lease in leases)} ...")
 
-        yield progress
+@contextmanager
+def waiting(what: str) -> Iterator[Progress]:
+    """The same, while leases are waited for."""
+    with telling(what) as tell:
+        yield lambda leases: tell(", ".join(lease.holder for lease in leases))
 
 
 def _table(*columns: str) -> Table:

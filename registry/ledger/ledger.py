@@ -71,19 +71,24 @@ class Ledger(Sealing, Forgetting):
 
     def create(self, name: str, recipe: Recipe, actor: str, reason: str = "", cap: int | None = None) -> AdapterRecord:
         """Make an adapter; `Conflict` when it exists, `Refused` when `cap` adapters exist already."""
+        with self.db.write() as c:
+            return self._create(c, name, recipe, actor, reason, cap)
+
+    def _create(
+        self, c: sa.Connection, name: str, recipe: Recipe, actor: str, reason: str, cap: int | None
+    ) -> AdapterRecord:
         check_adapter(name)
+        self._lock_all(c)  # a forget of everything must not miss an adapter that is being made
+        if c.execute(sa.select(t.adapters.c.name).where(t.adapters.c.name == name)).first():
+            raise Conflict(f"The adapter {name} exists already.", f"`riverdelta registry show {name}` shows it.")
+        if cap is not None and (c.execute(sa.select(sa.func.count()).select_from(t.adapters)).scalar() or 0) >= cap:
+            raise Refused(f"{cap} adapters exist, the most allowed.", "Raise streams.max_adapters in the settings.")
         record = AdapterRecord(
             name, recipe.to_dict(), recipe.digest, seed_of("adapter", name, recipe.seed), created_at=now()
         )
-        with self.db.write() as c:
-            self._lock_all(c)  # a forget of everything must not miss an adapter that is being made
-            if c.execute(sa.select(t.adapters.c.name).where(t.adapters.c.name == name)).first():
-                raise Conflict(f"The adapter {name} exists already.", f"`riverdelta registry show {name}` shows it.")
-            if cap is not None and (c.execute(sa.select(sa.func.count()).select_from(t.adapters)).scalar() or 0) >= cap:
-                raise Refused(f"{cap} adapters exist, the most allowed.", "Raise streams.max_adapters in the settings.")
-            c.execute(t.adapters.insert().values(asdict(record)))
-            body = {"recipe": record.recipe, "recipe_digest": record.recipe_digest, "seed": record.seed}
-            return self._apply(c, record, Change(record, (("created", body),)), actor, reason)
+        c.execute(t.adapters.insert().values(asdict(record)))
+        body = {"recipe": record.recipe, "recipe_digest": record.recipe_digest, "seed": record.seed}
+        return self._apply(c, record, Change(record, (("created", body),)), actor, reason)
 
     def adapters(self) -> list[AdapterRecord]:
         """Every adapter, by name."""
@@ -220,27 +225,28 @@ class Ledger(Sealing, Forgetting):
             found, first = self._segment(c, adapter, segment), self._first_awaiting(c, adapter)
             self._apply(c, head, decisions.decide_set_aside(head, found, first, epoch, parent, cause, note), actor, "")
 
-    def import_version(
-        self, adapter: str, digest: str, fingerprint: Mapping[str, Any], actor: str, reason: str = ""
+    def import_adapter(
+        self,
+        name: str,
+        recipe: Recipe,
+        digest: str,
+        fingerprint: Mapping[str, Any],
+        actor: str,
+        reason: str = "",
     ) -> VersionRecord:
-        """Make weights trained elsewhere version 1 of an adapter that has none."""
+        """Make an adapter whose version 1 is weights trained elsewhere, which lie in the store already; `Refused` when
+        a forget has revoked those very weights."""
         with self.db.write() as c:
-            head = self._adapter(c, adapter, lock=True)
-            if head.next_version != 1:
-                raise Conflict(f"{adapter} has versions already.", "Import under a new name.")
+            head = self._create(c, name, recipe, actor, reason, None)
+            v = t.versions.c
+            same = list(c.execute(sa.select(v.revoked).where(v.digest == digest)).scalars())
+            if same and all(same):
+                raise Refused(
+                    f"The weights {digest[:12]} are revoked: they saw what was since forgotten.",
+                    "Import an adapter that did not.",
+                )
             version = VersionRecord(
-                adapter,
-                1,
-                digest,
-                "",
-                0,
-                None,
-                head.epoch,
-                head.recipe_digest,
-                (),
-                dict(fingerprint),
-                {},
-                now(),
+                name, 1, digest, "", 0, None, 0, head.recipe_digest, (), dict(fingerprint), {}, now()
             )
             c.execute(t.versions.insert().values(asdict(version)))
             moved = replace(head, next_version=2, tip=1, release=1)
@@ -320,7 +326,12 @@ class Ledger(Sealing, Forgetting):
             row = c.execute(sa.select(t.projections).where(t.projections.c.adapter == adapter)).first()
         return (row.seq, row.body) if row else (0, {})
 
-    def mark_projected(self, adapter: str, seq: int, body: Mapping[str, Any]) -> None:
-        """Record what MLflow shows."""
+    def mark_projected(self, adapter: str, seq: int, body: Mapping[str, Any], was: int | None = None) -> bool:
+        """Record what MLflow shows; with `was`, only if that much was shown until now. Whether it was recorded."""
+        p = t.projections.c
         with self.db.write() as c:
+            held = c.execute(sa.select(p.seq).where(p.adapter == adapter).with_for_update()).scalar() or 0
+            if was is not None and held != was:
+                return False
             self.db.put(c, t.projections, {"adapter": adapter}, {"seq": seq, "body": dict(body)})
+        return True

@@ -1,5 +1,6 @@
 """Writers that race on one adapter come to one history."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +23,8 @@ def race(url: str, rounds: int = 25) -> None:
         world = World(Ledger.open(url), contents)
         try:
             for number in range(times):
-                try:
+                with contextlib.suppress(Conflict):  # refused, as it must be when another was faster
                     act(world, number)
-                except Conflict:
-                    pass  # refused, as it must be when another was faster
         except BaseException as error:
             broken.append(error)
         finally:
