@@ -6,6 +6,7 @@ acts once. An offset is recorded once its act is durable, so that a crash repeat
 
 import contextlib
 import logging
+import re
 import threading
 from typing import Annotated, Any, Literal
 
@@ -48,7 +49,10 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
         try:
             message = msgspec.json.decode(value, type=cls)
         except msgspec.ValidationError as error:
-            raise BadInput(f"The request does not fit: {error}.", "See docs/forgetting.md.") from error
+            # What the message says may name a subject, and logs stay: only where it does not fit is told.
+            where = re.search(r"at `\$\.(id|action|subject|adapter|all_adapters|reason)", str(error))
+            at = f" at {where[1]!r}" if where else ""
+            raise BadInput(f"The request does not fit{at}.", "See docs/forgetting.md.") from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadInput("The request is not JSON.", "See docs/forgetting.md.") from error
         if bool(message.adapter) == message.all_adapters:

@@ -23,15 +23,21 @@ class Verified:
 
 
 def verify(ledger: Ledger, store: ObjectStore, adapter: str) -> Verified:
-    """Check an adapter's journal, payloads and unpurged versions."""
-    facts = ledger.facts(adapter)
+    """Check an adapter's journal and head, payloads and unpurged versions."""
+    head, known = ledger.adapter(adapter), ledger.versions(adapter)
+    facts = [fact for fact in ledger.facts(adapter) if fact.seq <= head.head]  # others may be writing meanwhile
     segments = ledger.segments(adapter)
-    versions = [version for version in ledger.versions(adapter).values() if not version.purged]
+    versions = [version for version in known.values() if not version.purged]
     problems = []
     try:
         check_chain(facts)
     except Corrupt as error:
         problems.append(error.message)
+    if len(facts) != head.head:
+        problems.append(f"The journal has {len(facts)} facts; the head says {head.head}.")
+    for what, number in (("release", head.release), ("tip", head.tip)):
+        if number and (number not in known or known[number].revoked):
+            problems.append(f"The {what} is version {number}, which is revoked or not there.")
     following = 0
     for segment in segments:
         if segment.first != following:

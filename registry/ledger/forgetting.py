@@ -1,7 +1,7 @@
 """Forget in the ledger: the fence's one transaction, the procedure's record, suppression and its end."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,14 +14,14 @@ from riverdelta.core.telemetry import now
 from . import decisions
 from . import tables as t
 from .decisions import Change, Versions
+from .journal import chunks
 from .leases import Leases
 from .records import AdapterRecord, Forget, Stage
-from .rows import forget_of
+from .rows import adapter_of, forget_of
 
 EVERYWHERE = "*"
 _ORDER = list(Stage)
 _HASH = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 500  # values in one IN list
 
 
 @dataclass
@@ -64,19 +64,21 @@ class Forgetting(Leases):
             held = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request)).first()
             if held is not None:
                 return forget_of(held)
-            names = sorted(set(adapters)) if adapters is not None else self._names(c)
-            for name in names:
-                self._adapter(c, name)
-            reaches, writers = self._reach(c, subject, names)
-            epochs, doomed = {}, []
-            for name in sorted({*names, *reaches}):
-                reach = reaches.get(name) or _Reach(self._adapter(c, name), {})
-                mentions = {subject} | writers if name in names else writers
-                part = self._forget_one(c, reach, mentions, {"request": request, "subject": subject}, actor, reason)
-                epochs[name] = reach.head.epoch + 1
-                if reach.touched:
-                    doomed.append(part)
-            for name in names if adapters is not None else [EVERYWHERE]:
+            heads = self._heads(c, adapters)
+            reaches, writers = self._reach(c, subject, heads)
+            about = {"request": request, "subject": subject}
+            doomed = []
+            for name, reach in sorted(reaches.items()):
+                mentions = {subject} | writers if name in heads else writers
+                doomed.append(self._forget_one(c, reach, mentions, about, actor, reason))
+            spared = [head for name, head in heads.items() if name not in reaches]
+            nothing = {**about, "entries": 0}
+            self._apply_all(
+                c, [(head, decisions.decide_forget(head, {}, (), (), nothing)) for head in spared], actor, reason
+            )
+            reached = [*spared, *(reach.head for reach in reaches.values())]
+            epochs = {head.name: head.epoch + 1 for head in sorted(reached, key=lambda head: head.name)}
+            for name in heads if adapters is not None else [EVERYWHERE]:
                 self._suppress(c, name, subject)
             digests = {digest for part in doomed for digest in part["digests"]}
             digests -= self._clean_digests(c, digests, {})
@@ -97,15 +99,20 @@ class Forgetting(Leases):
             c.execute(t.forgets.insert().values(asdict(forget)))
         return forget
 
-    def _reach(self, c: sa.Connection, subject: str, names: Sequence[str]) -> tuple[dict[str, _Reach], set[str]]:
+    def _heads(self, c: sa.Connection, names: Sequence[str] | None) -> dict[str, AdapterRecord]:
+        """The heads of these adapters (None: of all), by name."""
+        if names is None:
+            return {row.name: adapter_of(row) for row in c.execute(sa.select(t.adapters).order_by(t.adapters.c.name))}
+        return {name: self._adapter(c, name, lock=True) for name in sorted(set(names))}
+
+    def _reach(self, c: sa.Connection, subject: str, names: Collection[str]) -> tuple[dict[str, _Reach], set[str]]:
         """The segments that hold the subject or, to a fixed point, text that a version written off here wrote;
         with the digests of those versions.
 
         Equal weights may be a clean version's too (nothing learned between): their text is the clean version's.
         """
         reaches: dict[str, _Reach] = {}
-        wanted = set(names)
-        found = [pair for pair in self._mentioning(c, {subject}) if pair[0] in wanted]
+        found = [pair for pair in self._mentioning(c, {subject}) if pair[0] in names]
         writers: set[str] = set()
         while True:
             for name, segment in found:
@@ -146,14 +153,11 @@ class Forgetting(Leases):
                 t.segments.update().where(s.adapter == head.name, s.number == number).values(manifest=after.pack())
             )
             gone = sorted(before.mentions - after.mentions)
-            for chunk in _chunks(gone):
+            for chunk in chunks(gone):
                 c.execute(t.mentions.delete().where(m.adapter == head.name, m.segment == number, m.mention.in_(chunk)))
-        segments = self._segments(c, head.name) if reach.touched else []
         about = {**about, "entries": len(indexes)}
-        change = decisions.decide_forget(head, versions, segments, reach.touched, about)
+        change = decisions.decide_forget(head, versions, self._segments(c, head.name), reach.touched, about)
         self._apply(c, head, change, actor, reason)
-        if not reach.touched:
-            return {}
         clean = change.adapter.tip
         return {
             "adapter": head.name,
@@ -171,7 +175,7 @@ class Forgetting(Leases):
         """Those of the digests that some version has that is neither revoked nor dirty."""
         v = t.versions.c
         clean = set()
-        for chunk in _chunks(sorted(digests)):
+        for chunk in chunks(sorted(digests)):
             query = sa.select(v.digest, v.adapter, v.number).where(v.digest.in_(chunk), v.revoked.is_(False))
             clean |= {digest for digest, name, number in c.execute(query) if number not in dirty.get(name, ())}
         return clean
@@ -180,7 +184,7 @@ class Forgetting(Leases):
         m = t.mentions.c
         return [
             (name, segment)
-            for chunk in _chunks(sorted(mentions))
+            for chunk in chunks(sorted(mentions))
             for name, segment in c.execute(sa.select(m.adapter, m.segment).where(m.mention.in_(chunk)))
         ]
 
@@ -195,21 +199,18 @@ class Forgetting(Leases):
         Returns the adapters (or `*`) for which the subject was suppressed. A request id seen before changes nothing.
         """
         s = t.suppressions.c
-        lifted = []
         with self.db.write() as c:
             self._lock_all(c)
             if request is not None and not self._remember(c, f"allow:{request}"[:192], now())[1]:
                 return []
-            names = sorted(set(adapters)) if adapters is not None else [EVERYWHERE, *self._names(c)]
-            for name in names:
-                gone = c.execute(t.suppressions.delete().where(s.adapter == name, s.subject == subject))
-                if gone.rowcount:
-                    lifted.append(name)
-            told = self._names(c) if EVERYWHERE in lifted else lifted
-            for name in told:
-                head = self._adapter(c, name, lock=True)
-                fact = ("allow", {"subject": subject, "index": head.next_index})
-                self._apply(c, head, Change(head, (fact,)), actor, reason)
+            held = set(c.execute(sa.select(s.adapter).where(s.subject == subject)).scalars())
+            lifted = sorted(held if adapters is None else held & set(adapters))
+            for chunk in chunks(lifted):
+                c.execute(t.suppressions.delete().where(s.subject == subject, s.adapter.in_(chunk)))
+            heads = self._heads(c, None if EVERYWHERE in lifted else lifted).values()
+            facts = [("allow", {"subject": subject, "index": head.next_index}) for head in heads]
+            changes = [(head, Change(head, (fact,))) for head, fact in zip(heads, facts, strict=True)]
+            self._apply_all(c, changes, actor, reason)
         return lifted
 
     def suppressed(self, adapter: str) -> frozenset[str]:
@@ -247,7 +248,7 @@ class Forgetting(Leases):
                 return forget
             moved = replace(forget, stage=stage, body={**forget.body, **body})
             c.execute(t.forgets.update().where(t.forgets.c.id == request).values(stage=stage, body=moved.body))
-            for name in sorted(forget.adapters):
+            for name in sorted(part["adapter"] for part in forget.body["doomed"]):  # elsewhere there is nothing to do
                 head = self._adapter(c, name, lock=True)
                 fact = ("forget_stage", {"request": request, "stage": str(stage)})
                 self._apply(c, head, Change(head, (fact,)), actor, "")
@@ -258,7 +259,7 @@ class Forgetting(Leases):
         s = t.segments.c
         with self.db.read() as c:
             for part in forget.body["doomed"]:
-                for chunk in _chunks(part["rebuild"]):
+                for chunk in chunks(part["rebuild"]):
                     waiting = sa.select(s.number).where(
                         s.adapter == part["adapter"], s.number.in_(chunk), s.outcome == "awaiting"
                     )
@@ -284,7 +285,7 @@ class Forgetting(Leases):
         of them."""
         v = t.versions.c
         with self.db.write() as c:
-            for chunk in _chunks(versions):
+            for chunk in chunks(versions):
                 c.execute(
                     t.versions.update().where(v.adapter == adapter, v.number.in_(chunk)).values(purged=True, metrics={})
                 )
@@ -312,10 +313,3 @@ class Forgetting(Leases):
         with self.db.read() as c:
             revoked = set(c.execute(sa.select(v.digest).where(v.revoked.is_(True))).scalars())
             return frozenset(revoked - self._clean_digests(c, revoked, {}))
-
-    def _names(self, c: sa.Connection) -> list[str]:
-        return list(c.execute(sa.select(t.adapters.c.name).order_by(t.adapters.c.name)).scalars())
-
-
-def _chunks(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
-    return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))

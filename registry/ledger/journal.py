@@ -1,8 +1,8 @@
 """Inside a ledger transaction: read an adapter's state, and apply a decided change to it with its facts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -15,6 +15,58 @@ from .database import Database
 from .decisions import Change
 from .records import AdapterRecord, Manifest, Outcome, SegmentRecord, VersionRecord
 from .rows import adapter_of, segment_of, version_of
+
+T = TypeVar("T")
+
+
+_CHUNK = 500  # values in one IN list, rows in one set
+_MOVE_SEGMENTS = (
+    t.segments.update()
+    .where(t.segments.c.adapter == sa.bindparam("adapter_"), t.segments.c.number == sa.bindparam("of"))
+    .values(
+        outcome=sa.bindparam("to"),
+        version=sa.bindparam("by"),
+        cause=sa.bindparam("why"),
+        note=sa.bindparam("said"),
+    )
+)
+_MOVE_EPOCHS = (
+    t.adapters.update()
+    .where(t.adapters.c.name == sa.bindparam("of"))
+    .values(epoch=sa.bindparam("to"), head=sa.bindparam("at"))
+)
+
+
+def chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    """The values in runs that fit into one statement."""
+    return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))
+
+
+def fact_rows(
+    before: AdapterRecord,
+    chain: str,
+    facts: Sequence[tuple[str, dict[str, Any]]],
+    at: str,
+    actor: str,
+    reason: str,
+) -> list[dict[str, Any]]:
+    """Rows of the facts that follow an adapter's head, whose last fact's chain is given, each chained to the last."""
+    rows = []
+    for seq, (kind, body) in enumerate(facts, start=before.head + 1):
+        chain = sha256(chain.encode() + canonical_json([before.name, seq, kind, body, at, actor, reason]))
+        rows.append(
+            {
+                "adapter": before.name,
+                "seq": seq,
+                "kind": kind,
+                "body": body,
+                "at": at,
+                "actor": actor,
+                "reason": reason,
+                "chain": chain,
+            }
+        )
+    return rows
 
 
 class Journal:
@@ -39,45 +91,44 @@ class Journal:
         )
         if moved.rowcount != 1:
             raise Conflict(f"{before.name} has moved on meanwhile.", "Read the head again.")
-        s, v = t.segments.c, t.versions.c
-        for segment in change.segments:
-            c.execute(
-                t.segments.update()
-                .where(s.adapter == segment.adapter, s.number == segment.number)
-                .values(outcome=segment.outcome, version=segment.version, cause=segment.cause, note=segment.note)
-            )
-        if change.revoked:
-            c.execute(
-                t.versions.update().where(v.adapter == before.name, v.number.in_(change.revoked)).values(revoked=True)
-            )
-        self._write_facts(c, before, change.facts, actor, reason)
-        return after
-
-    def _write_facts(
-        self,
-        c: sa.Connection,
-        before: AdapterRecord,
-        facts: Iterable[tuple[str, dict[str, Any]]],
-        actor: str,
-        reason: str,
-    ) -> None:
+        if change.segments:
+            moves = [
+                {
+                    "of": segment.number,
+                    "to": segment.outcome,
+                    "by": segment.version,
+                    "why": segment.cause,
+                    "said": segment.note,
+                }
+                for segment in change.segments
+            ]
+            c.execute(_MOVE_SEGMENTS, [{"adapter_": before.name, **move} for move in moves])
+        v = t.versions.c
+        for chunk in chunks(change.revoked):
+            c.execute(t.versions.update().where(v.adapter == before.name, v.number.in_(chunk)).values(revoked=True))
         where = (t.facts.c.adapter == before.name, t.facts.c.seq == before.head)
         chain = c.execute(sa.select(t.facts.c.chain).where(*where)).scalar() or ""
-        at = now()
-        for seq, (kind, body) in enumerate(facts, start=before.head + 1):
-            line = [before.name, seq, kind, body, at, actor, reason]
-            chain = sha256(chain.encode() + canonical_json(line))
+        c.execute(t.facts.insert(), fact_rows(before, chain, change.facts, now(), actor, reason))
+        return after
+
+    def _apply_all(
+        self, c: sa.Connection, changes: Sequence[tuple[AdapterRecord, Change]], actor: str, reason: str
+    ) -> None:
+        """Many adapters' changes of nothing but their epoch, under `_lock_all`, set by set."""
+        f, at = t.facts.c, now()
+        for chunk in chunks(changes):
+            last = t.adapters.join(t.facts, sa.and_(f.adapter == t.adapters.c.name, f.seq == t.adapters.c.head))
+            names = [before.name for before, _ in chunk]
+            query = sa.select(f.adapter, f.chain).select_from(last).where(t.adapters.c.name.in_(names))
+            chains = {row.adapter: row.chain for row in c.execute(query)}
+            rows = [fact_rows(before, chains[before.name], change.facts, at, actor, reason) for before, change in chunk]
+            c.execute(t.facts.insert(), [row for each in rows for row in each])
             c.execute(
-                t.facts.insert().values(
-                    adapter=before.name,
-                    seq=seq,
-                    kind=kind,
-                    body=body,
-                    at=at,
-                    actor=actor,
-                    reason=reason,
-                    chain=chain,
-                )
+                _MOVE_EPOCHS,
+                [
+                    {"of": before.name, "to": change.adapter.epoch, "at": before.head + len(change.facts)}
+                    for before, change in chunk
+                ],
             )
 
     def _lock_all(self, c: sa.Connection) -> None:

@@ -1,24 +1,22 @@
 """Sealing: many segments of many adapters in one transaction, read and written set by set."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.errors import Conflict, NotFound
 from riverdelta.core.telemetry import now
 
 from . import decisions
 from . import tables as t
-from .journal import Journal
+from .journal import Journal, chunks, fact_rows
 from .records import AdapterRecord, Cause, Manifest, Outcome, SegmentRecord
 from .rows import adapter_of
 
 Where = tuple[str, int]  # (incarnation, partition)
-_CHUNK = 500  # names in one IN list
 
 # Built once: building a statement costs more than running it.
 _ADD_SEGMENTS = t.segments.insert()
@@ -71,7 +69,7 @@ class Sealing(Journal):
         with self.db.write() as c:
             # Every transaction locks adapters by name, so that no two wait for each other.
             batch = _Batch(actor)
-            for names in _chunks(sorted({seal.adapter for seal in seals})):
+            for names in chunks(sorted({seal.adapter for seal in seals})):
                 self._read(c, batch, names)
             done = [batch.decide(seal) for seal in seals]
             self._write(c, batch)
@@ -178,27 +176,8 @@ class _Batch:
             {"adapter": head.name, "mention": mention, "segment": segment.number}
             for mention in sorted(seal.manifest.mentions)
         ]
-        self.heads[head.name] = replace(change.adapter, head=head.head + len(change.facts))
-        for seq, (kind, body) in enumerate(change.facts, start=head.head + 1):
-            self._add_fact(head.name, seq, kind, body)
+        rows = fact_rows(head, self.chains[head.name], change.facts, self.at, self.actor, "")
+        self.facts += rows
+        self.chains[head.name] = rows[-1]["chain"]
+        self.heads[head.name] = replace(change.adapter, head=head.head + len(rows))
         return segment
-
-    def _add_fact(self, name: str, seq: int, kind: str, body: dict[str, Any]) -> None:
-        line = canonical_json([name, seq, kind, body, self.at, self.actor, ""])
-        self.chains[name] = chain = sha256(self.chains[name].encode() + line)
-        self.facts.append(
-            {
-                "adapter": name,
-                "seq": seq,
-                "kind": kind,
-                "body": body,
-                "at": self.at,
-                "actor": self.actor,
-                "reason": "",
-                "chain": chain,
-            }
-        )
-
-
-def _chunks(names: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK))
