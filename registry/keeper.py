@@ -155,6 +155,12 @@ class Keeper:
                 self._purges.pop(forget.id, None)
                 self._tell(forget, f"cannot go on: {error}", logging.ERROR)
                 moved = forget
+            except Exception as error:  # one procedure that fails must not keep the others waiting
+                self._purges.pop(forget.id, None)
+                if self._told.get(forget.id) != repr(error):
+                    log.exception("Forget %s cannot go on", forget.id)
+                self._told[forget.id] = repr(error)
+                moved = forget
             if moved.stage is not Stage.PURGED:
                 left.append(moved)
         return left

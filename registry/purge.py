@@ -60,25 +60,34 @@ class Purge:
     def run(self, forget: Forget) -> bool:
         """Purge, and say so in the ledger. False while something that may be left over of refused work cannot be told
         from work in hand: come again."""
-        draft = self._draft(forget)
+        key = manifest_key(forget.id)
+        manifest = self._draft(forget)
+        if "purged_at" not in manifest:
+            left = self._erase(forget, manifest)
+            if left is None:
+                return False
+            manifest = finish(manifest, self._ledger, forget, left)
+            self._store.put(key, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
+        done = {"manifest": key, "manifest_sha": sha256(self._store.get(key)), "purged_at": manifest["purged_at"]}
+        self._ledger.advance(forget.id, Stage.PURGED, done, "keeper")
+        log.info("purged", extra={"request": forget.id, "entries": len(manifest["erased"]), "manifest": key})
+        return True
+
+    def _erase(self, forget: Forget, draft: dict[str, Any]) -> dict[str, list[str]] | None:
+        """Everything that goes; per adapter the MLflow runs that only `mlflow gc` can remove, None while something
+        cannot be told from work in hand."""
         self._rewrite_payloads(draft)
         self._delete_weights(forget)
         self._delete_checkpoints(forget)
         left = {part["adapter"]: self._projection.erase(part["adapter"], part["versions"]) for part in _parts(forget)}
         if not self._collect():
-            return False
+            return None
         self._store.drop_drafts(self._orphan_seconds)
         for part in _parts(forget):
             self._ledger.mark_purged(part["adapter"], part["versions"])
         self._projection.scrub()
         self._ledger.db.scrub()
-        manifest = finish(draft, self._ledger, forget, {name: runs for name, runs in left.items() if runs})
-        key = manifest_key(forget.id)
-        self._store.put(key, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
-        done = {"manifest": key, "manifest_sha": sha256(self._store.get(key)), "purged_at": manifest["purged_at"]}
-        self._ledger.advance(forget.id, Stage.PURGED, done, "keeper")
-        log.info("purged", extra={"request": forget.id, "entries": len(manifest["erased"]), "manifest": key})
-        return True
+        return {name: runs for name, runs in left.items() if runs}
 
     def _collect(self) -> bool:
         """Delete what refused work and crashes left in the store before the fence was carried out."""

@@ -14,11 +14,17 @@ import pytest
 
 from riverdelta.app.main import main
 from riverdelta.core import payload, weights
+from riverdelta.core.digests import digest_of
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore, weights_key
 from riverdelta.registry.ledger import Increment, Ledger, Manifest, ManifestEntry, Seal
 
 NAMES = ("ann", "bob")
+
+
+def subject_hash(name: str) -> str:
+    """What stands for a subject in the made ledger."""
+    return digest_of(name)
 
 
 @pytest.fixture
@@ -34,7 +40,7 @@ def data(tmp_path: Path) -> Path:
         contents = [b'{"type":"example","text":"fact %d"}' % (2 * number + i) for i in range(2)]
         body, sha = payload.encode(contents)
         store.put(f"segments/acme/{number}.seg", body)
-        entries = tuple(ManifestEntry(0, 0, 2 * number + i, subjects=(NAMES[i] * 8,)) for i in range(2))
+        entries = tuple(ManifestEntry(0, 0, 2 * number + i, subjects=(subject_hash(NAMES[i]),)) for i in range(2))
         place = {("run", 0): (2 * number, 2 * number + 2)}
         seal = Seal(
             "acme", 0, 2 * number, Manifest(("run",), entries), "count", f"segments/acme/{number}.seg", sha, place
@@ -134,6 +140,47 @@ def test_export_can_be_imported_where_it_fits(data: Path, tmp_path: Path, tiny_b
     assert refused.returncode == 6  # the base's q_proj has other features
     assert "features" in refused.stderr
     assert run(data, "show", "new").returncode == 3
+
+
+def test_an_export_comes_back_as_it_was_unless_it_was_revoked(data: Path, tmp_path: Path) -> None:
+    """Weights that saw what was forgotten must not come back under another name."""
+    from riverdelta.core.settings import Settings
+    from riverdelta.registry.peft_io import import_folder
+
+    out = tmp_path / "out"
+    digest = as_json(data, "export", "acme@2", str(out))["digest"]
+    ledger, store = Ledger.open(Settings(data=data).ledger_url), ObjectStore(Settings(data=data).store_url)
+    linears = {"model.layers.0.self_attn.q_proj": (8, 8)}
+    assert import_folder(ledger, store, "again", out, linears, "op").digest == digest
+    assert as_json(data, "show", "again")["versions"][0]["segment"] is None
+    ledger.close()
+
+
+def test_revoked_weights_cannot_be_imported(data: Path, tmp_path: Path) -> None:
+    from riverdelta.core.errors import Refused
+    from riverdelta.core.settings import Settings
+    from riverdelta.registry.peft_io import import_folder
+
+    out = tmp_path / "out"
+    as_json(data, "export", "acme@2", str(out))
+    settings = Settings(data=data)
+    ledger, store = Ledger.open(settings.ledger_url), ObjectStore(settings.store_url)
+    ledger.forget("r1", subject_hash("ann"), ["acme"], "op")
+    with pytest.raises(Refused, match="forgotten"):
+        import_folder(ledger, store, "again", out, {"model.layers.0.self_attn.q_proj": (8, 8)}, "op")
+    assert [head.name for head in ledger.adapters()] == ["acme"]
+    ledger.close()
+
+
+def test_a_mistyped_folder_is_not_made_a_ledger(tmp_path: Path) -> None:
+    done = run(tmp_path / "nowhere", "list")
+    assert done.returncode == 3
+    assert "--data" in done.stderr
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_repair_shows_the_ledger_in_mlflow(data: Path) -> None:
+    assert "1 adapters" in run(data, "repair").stdout
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Kafka, Settings
 from riverdelta.registry import operations
 from riverdelta.registry.keeper import Keeper, run
@@ -102,6 +103,34 @@ def test_an_alias_moved_by_hand_is_an_operators_act(alone: Settings) -> None:
         projection.adopt()
     assert live(alone) == "1"
     assert stack.ledger.adapter("acme").release == 1
+
+
+def test_a_damaged_version_keeps_no_other_adapter_waiting(alone: Settings) -> None:
+    stack = two_versions(alone)
+    stack.ledger.create("other", Recipe(), "test")
+    stack.store.put(f"weights/{stack.ledger.version('acme', 1).digest}.safetensors", b"not weights")
+    keeper_of(stack).projection.catch_up()
+    assert {model.name for model in client(alone).search_registered_models()} == {"acme", "other"}
+    assert stack.ledger.projected("acme")[0] == 0
+    assert stack.ledger.projected("other")[0] == 1
+
+
+def test_repair_is_the_keepers_where_one_is_at_work(alone: Settings) -> None:
+    stack = two_versions(alone)
+    stop = threading.Event()
+    keeping = threading.Thread(target=run, args=(alone, stop))
+    keeping.start()
+    try:
+        assert wait(lambda: stack.ledger.projected("acme")[0] == stack.ledger.adapter("acme").head, 60)
+        mlflow = client(alone)
+        [version] = [v for v in mlflow.search_model_versions("name='acme'") if v.tags["riverdelta.version"] == "1"]
+        mlflow.delete_model_version("acme", version.version)
+        assert operations.repair(stack.ledger, alone) == 1
+        shown = [v.tags["riverdelta.version"] for v in mlflow.search_model_versions("name='acme'")]
+        assert sorted(shown) == ["1", "2"]  # once, by one of the two
+    finally:
+        stop.set()
+        keeping.join(timeout=20)
 
 
 def canaries(settings: Settings, *words: str) -> list[str]:
