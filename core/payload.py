@@ -25,4 +25,7 @@ def decode(data: bytes, digest: str) -> list[bytes | None]:
     """The contents; `Corrupt` when the bytes are not those that `digest` names."""
     if sha256(data) != digest or not data.startswith(_MAGIC):
         raise Corrupt(f"A payload's bytes are not those of {digest[:12]}.", "Restore the object store from a backup.")
-    return msgspec.msgpack.decode(data[len(_MAGIC) :], type=list[bytes | None])
+    try:
+        return msgspec.msgpack.decode(data[len(_MAGIC) :], type=list[bytes | None])
+    except msgspec.DecodeError as error:
+        raise Corrupt(f"{digest[:12]} is not a payload: {error}.", "Restore the object store from a backup.") from error

@@ -1,5 +1,6 @@
 """Which PEFT adapters Riverdelta can serve, and why not the others: one check for serving and for import."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -125,7 +126,10 @@ def _site(
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for suffix, value in (patterns or {}).items():
-        if module == suffix or module.endswith("." + suffix):
+        # To peft these are regular expressions; here they are ends of a module's path, a dot standing for any character.
+        if not re.fullmatch(r"[\w.]+", suffix):
+            raise Unsupported(f"The adapter has a pattern {suffix[:80]!r}.", "Name modules by the end of their path.")
+        if re.fullmatch(rf"(.*\.)?{suffix}", module):
             return value
     return default
 
