@@ -126,7 +126,7 @@ def _site(
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for suffix, value in (patterns or {}).items():
-        # To peft these are regular expressions; here they are ends of a module's path, a dot standing for any character.
+        # To peft these are regular expressions; here they end a path, a dot standing for any character.
         if not re.fullmatch(r"[\w.]+", suffix):
             raise Unsupported(f"The adapter has a pattern {suffix[:80]!r}.", "Name modules by the end of their path.")
         if re.fullmatch(rf"(.*\.)?{suffix}", module):
