@@ -2,6 +2,7 @@
 
 import math
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,9 @@ class MlflowStore:
         self.uri = settings.mlflow_uri
         self._own = not settings.registry.mlflow
         self._artifacts = settings.data.absolute() / "mlflow-artifacts"
-        if self._own:
-            settings.data.mkdir(parents=True, exist_ok=True)
         with self._told():
+            if self._own:
+                _ensure_database(settings.data.absolute() / "mlflow.db")
             self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
 
     # -- registered models -----------------------------------------------------------------------------------
@@ -221,6 +222,24 @@ class MlflowStore:
             raise Unavailable(
                 f"MLflow at {shown} did not do as asked: {error}.", "Is it reachable? `registry repair` tries again."
             ) from error
+
+
+def _ensure_database(path: Path) -> None:
+    """MLflow's SQLite database, made whole or not at all: MLflow cannot go on with one that was half made."""
+    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{path.name}.*.new*"):
+        left.unlink(missing_ok=True)
+    if path.exists():
+        return
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    engine = create_sqlalchemy_engine(f"sqlite:///{draft}")
+    try:
+        _initialize_tables(engine)
+    finally:
+        engine.dispose()
+    draft.rename(path)
 
 
 def _is_number(value: Any) -> bool:

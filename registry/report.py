@@ -1,7 +1,8 @@
 """What the registry commands print: tables for people, JSON for scripts."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -13,8 +14,9 @@ from .ledger import Fact, Forget, Ledger, Outcome, Stage, VersionRecord
 from .operations import ForgetReport, Progress
 from .verify import Verified
 
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False)
+# What is printed is data: brackets in a reason are not markup. A pipe has room for whole lines.
+_out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+_err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
@@ -43,7 +45,10 @@ def print_adapters(ledger: Ledger, as_json: bool) -> None:
                     }
                     for head in heads
                 ],
-                "forgets": [_forget(forget) for forget in forgets],
+                "forgets": [
+                    {**_forget(forget), **dict(zip(("rebuild", "left"), ledger.count_rebuild(forget), strict=True))}
+                    for forget in forgets
+                ],
             }
         )
         return
@@ -58,7 +63,9 @@ def print_adapters(ledger: Ledger, as_json: bool) -> None:
             table.add_row(head.name, release + held, releases[head.name][1][:12], *map(str, row))
         _out.print(table)
     for forget in forgets:
-        _out.print(f"Forget {forget.id}: {forget.stage}, in {', '.join(forget.adapters) or 'no adapter'}.")
+        segments, left = ledger.count_rebuild(forget)
+        rebuilt = f", {segments - left} of {segments} segments rebuilt" if segments else ""
+        _out.print(f"Forget {forget.id} of {forget.at}: {forget.stage}, in {_some(forget.adapters)}{rebuilt}.")
 
 
 def print_adapter(ledger: Ledger, name: str, as_json: bool) -> None:
@@ -212,6 +219,11 @@ def _told(fact: Fact) -> str:
             return f"a subject may be learned again from index {body['index']}"
         case _:
             return fact.kind
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "") or "no adapter"
 
 
 def _numbers(numbers: Sequence[int]) -> str:

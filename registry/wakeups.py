@@ -15,7 +15,7 @@ _RETRY_SECONDS = 2.0
 
 
 class Wakeups:
-    """Send and hear wake-ups. Every method returns at once, whether or not the broker is there."""
+    """Send and hear wake-ups. Every method returns at once, whether or not there is a broker."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -26,6 +26,8 @@ class Wakeups:
 
     def send(self, topic: str, adapter: str) -> None:
         """Hint on a topic that an adapter's facts have moved."""
+        if not self._settings.kafka.bootstrap:
+            return
         with self._filled:
             if not any(thread.name == "wakeups" for thread in self._threads):
                 self._spawn("wakeups", self._drain)
@@ -35,7 +37,8 @@ class Wakeups:
 
     def listen(self, topic: str, event: threading.Event) -> None:
         """Set `event` whenever something is said on a topic, from a thread of its own."""
-        self._spawn(f"hear {topic}", lambda: self._hear(topic, event))
+        if self._settings.kafka.bootstrap:
+            self._spawn(f"hear {topic}", lambda: self._hear(topic, event))
 
     def close(self) -> None:
         """Stop every thread; one that still waits for a broker that is away is left to die with the process."""

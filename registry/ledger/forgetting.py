@@ -256,16 +256,20 @@ class Forgetting(Leases):
 
     def is_rebuilt(self, forget: Forget) -> bool:
         """Whether nothing that the forget set back still awaits its rebuild."""
+        return not self.count_rebuild(forget)[1]
+
+    def count_rebuild(self, forget: Forget) -> tuple[int, int]:
+        """How many segments the forget set back, and how many of them still await their rebuild."""
         s = t.segments.c
+        left = 0
         with self.db.read() as c:
             for part in forget.body["doomed"]:
                 for chunk in chunks(part["rebuild"]):
-                    waiting = sa.select(s.number).where(
+                    waiting = sa.select(sa.func.count()).where(
                         s.adapter == part["adapter"], s.number.in_(chunk), s.outcome == "awaiting"
                     )
-                    if c.execute(waiting).first():
-                        return False
-        return True
+                    left += int(c.execute(waiting).scalar() or 0)
+        return sum(len(part["rebuild"]) for part in forget.body["doomed"]), left
 
     def replace_payload(self, adapter: str, segment: int, payload: str, payload_sha: str, replaces: str) -> None:
         """Point a segment at a payload rewritten without its tombstones' contents; `Conflict` unless it still points

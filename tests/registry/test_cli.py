@@ -14,17 +14,18 @@ import pytest
 
 from riverdelta.app.main import main
 from riverdelta.core import payload, weights
-from riverdelta.core.digests import digest_of
+from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
+from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore, weights_key
 from riverdelta.registry.ledger import Increment, Ledger, Manifest, ManifestEntry, Seal
 
 NAMES = ("ann", "bob")
 
 
-def subject_hash(name: str) -> str:
-    """What stands for a subject in the made ledger."""
-    return digest_of(name)
+def subject_hash(data: Path, name: str) -> str:
+    """A subject's keyed hash."""
+    return SubjectKey.open(Settings(data=data).keys_dir).subject(name)
 
 
 @pytest.fixture
@@ -40,7 +41,9 @@ def data(tmp_path: Path) -> Path:
         contents = [b'{"type":"example","text":"fact %d"}' % (2 * number + i) for i in range(2)]
         body, sha = payload.encode(contents)
         store.put(f"segments/acme/{number}.seg", body)
-        entries = tuple(ManifestEntry(0, 0, 2 * number + i, subjects=(subject_hash(NAMES[i]),)) for i in range(2))
+        entries = tuple(
+            ManifestEntry(0, 0, 2 * number + i, subjects=(subject_hash(folder, NAMES[i]),)) for i in range(2)
+        )
         place = {("run", 0): (2 * number, 2 * number + 2)}
         seal = Seal(
             "acme", 0, 2 * number, Manifest(("run",), entries), "count", f"segments/acme/{number}.seg", sha, place
@@ -102,10 +105,7 @@ def test_rollback_holds_and_resume_ends_it(data: Path) -> None:
 
 
 def test_forget_reports_what_it_revoked(data: Path) -> None:
-    from riverdelta.core.keys import SubjectKey
-    from riverdelta.core.settings import Settings
-
-    subject = SubjectKey.open(Settings(data=data).keys_dir).subject("nobody")
+    subject = subject_hash(data, "nobody")
     done = as_json(data, "forget", "--subject", "nobody", "--adapter", "acme", "--request", "r1")
     assert done["stage"] == "acknowledged"
     assert done["revoked"] == {}
@@ -117,6 +117,14 @@ def test_forget_reports_what_it_revoked(data: Path) -> None:
     assert [fact["body"]["subject"] for fact in facts if fact["kind"] == "forget"] == [subject]
     assert as_json(data, "allow", "--subject", "nobody", "--adapter", "acme") == {"allowed": ["acme"]}
     assert run(data, "allow", "--subject", "nobody", "--adapter", "acme").returncode == 3
+
+
+def test_reasons_are_printed_as_they_are_but_for_the_subject(data: Path) -> None:
+    reason = "[/bold] :smile: [red]not markup[/red] for ANN"
+    assert run(data, "forget", "--subject", "ann", "--adapter", "acme", "--reason", reason).returncode == 0
+    shown = " ".join(run(data, "log", "acme").stdout.split())
+    assert "[/bold] :smile: [red]not markup[/red] for [subject]" in shown
+    assert "0 of 2 segments rebuilt" in run(data, "list").stdout
 
 
 def test_verify_names_what_was_damaged(data: Path) -> None:
@@ -144,7 +152,6 @@ def test_export_can_be_imported_where_it_fits(data: Path, tmp_path: Path, tiny_b
 
 def test_an_export_comes_back_as_it_was_unless_it_was_revoked(data: Path, tmp_path: Path) -> None:
     """Weights that saw what was forgotten must not come back under another name."""
-    from riverdelta.core.settings import Settings
     from riverdelta.registry.peft_io import import_folder
 
     out = tmp_path / "out"
@@ -158,14 +165,13 @@ def test_an_export_comes_back_as_it_was_unless_it_was_revoked(data: Path, tmp_pa
 
 def test_revoked_weights_cannot_be_imported(data: Path, tmp_path: Path) -> None:
     from riverdelta.core.errors import Refused
-    from riverdelta.core.settings import Settings
     from riverdelta.registry.peft_io import import_folder
 
     out = tmp_path / "out"
     as_json(data, "export", "acme@2", str(out))
     settings = Settings(data=data)
     ledger, store = Ledger.open(settings.ledger_url), ObjectStore(settings.store_url)
-    ledger.forget("r1", subject_hash("ann"), ["acme"], "op")
+    ledger.forget("r1", subject_hash(data, "ann"), ["acme"], "op")
     with pytest.raises(Refused, match="forgotten"):
         import_folder(ledger, store, "again", out, {"model.layers.0.self_attn.q_proj": (8, 8)}, "op")
     assert [head.name for head in ledger.adapters()] == ["acme"]

@@ -45,7 +45,7 @@ def test_a_server_shows_the_ledger_and_is_purged(tmp_path: Path, server: str) ->
     held = mlflow.get_model_version_by_alias("acme", "live")
     assert held.tags["riverdelta.version"] == "2"
     digest = stack.ledger.version("acme", 2).digest
-    [kept] = [path for path in (tmp_path / "kept").rglob(f"{held.run_id}/**/*.safetensors")]
+    [kept] = (tmp_path / "kept").rglob(f"{held.run_id}/**/*.safetensors")
     assert kept.read_bytes() == stack.store.get(f"weights/{digest}.safetensors")
 
     request = operations.forget(stack.ledger, settings, "ann", ["acme"], actor="op").forget.id
