@@ -8,11 +8,11 @@ from typing import NoReturn
 from riverdelta.core.errors import NotFound
 
 PREFERRED_PORT = 9092
+UP = "RIVERDELTA_UP"  # the process id of `up`, in its children's environment
 
 
 def run(address: str) -> NoReturn:
-    """Become the broker, listening on `address` (host:port). Ends with the process that started it."""
-    die_with_parent()
+    """Become the broker, listening on `address` (host:port)."""
     os.execv(*_command(address))  # noqa: S606 (no shell is wanted)
 
 

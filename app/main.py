@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from riverdelta.core.errors import RiverdeltaError
 
+from .broker import UP, die_with_parent
 from .options import AsJson, Base, Config, Data, KafkaServers, read_settings, with_base, with_kafka
 
 
@@ -62,7 +63,6 @@ def up(
 @app.command()
 def stream(config: Config = None, data: Data = None, kafka: KafkaServers = None) -> None:
     """Run the dataflow: events become segments."""
-    _settle()
     from riverdelta.streams.run import run
 
     run(with_kafka(read_settings(config, data, kafka=kafka)))
@@ -71,7 +71,6 @@ def stream(config: Config = None, data: Data = None, kafka: KafkaServers = None)
 @app.command()
 def train(config: Config = None, data: Data = None, base: Base = None) -> None:
     """Run a trainer: segments become versions."""
-    _settle()
     from riverdelta.trainer.run import run
 
     run(with_base(read_settings(config, data, base)))
@@ -86,7 +85,6 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
 ) -> None:
     """Run a server: OpenAI-compatible, all adapters."""
-    _settle()
     from riverdelta.serving.run import run
 
     run(with_base(read_settings(config, data, base, serving__host=host, serving__port=port)))
@@ -229,16 +227,10 @@ def version() -> None:
     typer.echo(installed("riverdelta"))
 
 
-def _settle() -> None:
-    """Under a supervisor, end with it."""
-    if "SUPERVISOR_ENABLED" in os.environ:
-        from .broker import die_with_parent
-
-        die_with_parent()
-
-
 def main() -> None:
     """Entry point: a user's mistake is one line and an exit code, never a traceback."""
+    if os.environ.get(UP) == str(os.getppid()):
+        die_with_parent()
     try:
         app()
     except RiverdeltaError as error:

@@ -76,6 +76,7 @@ def _tell_clients(settings: Settings, embedded: bool) -> None:
     draft.rename(settings.data / UP_FILE)
     os.environ["RIVERDELTA_KAFKA__BOOTSTRAP"] = settings.kafka.bootstrap
     os.environ["RIVERDELTA_SERVING__PORT"] = str(settings.serving.port)
+    os.environ[broker.UP] = str(os.getpid())
     os.environ["RIVERDELTA_DATA"] = str(settings.data.absolute())
 
 

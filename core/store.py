@@ -63,7 +63,12 @@ class ObjectStore:
         def write(_: Any) -> Path:
             while True:
                 if not path.parent.is_dir():
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                    try:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                    except FileExistsError:
+                        if path.parent.exists() and not path.parent.is_dir():
+                            raise
+                        continue  # made and removed again by others, between two looks at it
                     for made in path.parents[1 : len(path.parents) - len(root.parents)]:
                         _sync(made)
                 draft = path.with_name(f"{path.name}#{secrets.randbits(63)}")  # a form that listing passes over

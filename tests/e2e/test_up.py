@@ -5,6 +5,7 @@ import signal
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.tiny import make_tiny
@@ -31,9 +32,11 @@ def test_a_data_folder_survives_restarts(tmp_path: Path, tiny_base: Path, bootst
         river.publish(facts("again", ["c3", "d4"]))
         river.served("again", river.released("again", 2))
         assert [river.ask("again", question(answer))[0] for answer in ("a1", "c3")] == [" a1", " c3"]
-        code, seconds = river.stop(signal.SIGTERM)
-        assert code == 0
-        assert seconds < 5
+        assert river.process is not None
+        children = psutil.Process(river.process.pid).children(recursive=True)
+        river.process.kill()
+        _, left = psutil.wait_procs(children, 10)
+        assert not left, "they end with `up`, even when it is killed"
     finally:
         river.end()
 

@@ -20,7 +20,7 @@ def raw(shared):
 
 def head(length, extra=""):
     return (
-        f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{extra}"
+        f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{extra}"
         f"content-length: {length}\r\n\r\n"
     ).encode()
 
@@ -84,7 +84,7 @@ def test_pipelined_and_kept_connections(shared):
         for _ in range(3):
             assert client.get("/livez").text == "ok"
     with raw(shared) as client:
-        client.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n" * 3)
+        client.sendall(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n" * 3)
         got = b""
         while got.count(b"HTTP/1.1 200") < 3:
             got += client.recv(4096)
