@@ -10,7 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
 
-from riverdelta.core.errors import Corrupt, Unavailable
+from riverdelta.core.errors import Corrupt, Refused, Unavailable
+
+from .tables import metadata
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 NEWEST = "0001"  # the last revision in migrations/versions
@@ -99,10 +101,22 @@ class Database:
             command.upgrade(config, "head")
 
     def _revision(self) -> str | None:
+        """The ledger's revision, None for an empty database; `Corrupt` or `Refused` when it is no ledger of ours."""
+        shown = sa.make_url(self.url).render_as_string(hide_password=True)
         with self.read() as connection:
-            if not sa.inspect(connection).has_table("ledger_version"):
+            found = set(sa.inspect(connection).get_table_names())
+            if "ledger_version" in found:
+                revision = connection.execute(sa.text("SELECT version_num FROM ledger_version")).scalar()
+            elif foreign := sorted(found & set(metadata.tables)):
+                raise Corrupt(
+                    f"{shown} is no ledger of Riverdelta's, though it has a table {foreign[0]}.",
+                    "Give another data folder or ledger.",
+                )
+            else:
                 return None
-            return connection.execute(sa.text("SELECT version_num FROM ledger_version")).scalar()
+        if not list((MIGRATIONS / "versions").glob(f"{revision}_*.py")):
+            raise Refused(f"The ledger {shown} was made by a newer Riverdelta ({revision}).", "Install that version.")
+        return str(revision)
 
     def close(self) -> None:
         """Close every connection."""

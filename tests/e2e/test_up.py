@@ -3,6 +3,7 @@
 import shutil
 import signal
 import socket
+import sqlite3
 from pathlib import Path
 
 import psutil
@@ -94,6 +95,20 @@ def test_a_damaged_ledger(asleep: River, damage: str) -> None:
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert "ledger" in _refuses(asleep, code=7).lower()
+
+
+@pytest.mark.parametrize(("made_by", "code"), [("another program", 7), ("a newer Riverdelta", 5)])
+def test_a_ledger_that_is_not_ours(asleep: River, made_by: str, code: int) -> None:
+    asleep.data.mkdir()
+    foreign = sqlite3.connect(asleep.data / "ledger.db")
+    if code == 7:
+        foreign.execute("CREATE TABLE adapters (id INTEGER)")
+    else:
+        foreign.execute("CREATE TABLE ledger_version (version_num TEXT)")
+        foreign.execute("INSERT INTO ledger_version VALUES ('9999')")
+    foreign.commit()
+    foreign.close()
+    assert "ledger" in _refuses(asleep, code=code), made_by
 
 
 def test_a_lost_key(asleep: River, tmp_path: Path) -> None:
