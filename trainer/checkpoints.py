@@ -1,9 +1,10 @@
 """The checkpoint log of an increment: every step on disk, by a thread of its own, so that a lost process loses nothing.
 
-`steps.log` holds one framed record a step, appended and synced in groups. `state-0` and `state-1` take turns to hold
-the weights and moments themselves, as often as writing them costs less than a hundredth of the time; each file begins
-with its SHA-256. Whatever moment a machine stops at, one of them is whole: an increment resumes from the newest, and
-takes the steps after it again. What a torn write leaves behind is not read.
+`steps.log` begins with the increment's key and holds one framed record a step (loss, rate, digest of the slots taken),
+appended and synced in groups. `state-0` and `state-1` take turns to hold the weights and moments themselves, as often
+as writing them costs less than a hundredth of the time; each file begins with its SHA-256. Whatever moment a machine
+stops at, one of them is whole: an increment resumes from the newest, and takes the steps after it again. What a torn
+write leaves behind is not read.
 """
 
 import hashlib
@@ -19,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from riverdelta.core.digests import canonical_json
+from riverdelta.core.digests import canonical_json, digest_of
 from riverdelta.core.errors import Corrupt, NotFound, Unavailable
 from riverdelta.core.store import ObjectStore
 from riverdelta.core.weights import decode, encode
 
 from .increment import Learner, Snapshot
+from .optimiser import rate_at
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ class CheckpointLog:
                     "This machine does not compute the same twice: look at its memory and its load.",
                 )
             return
-        line = canonical_json({"step": place, "position": learner.optimiser.position, "loss": loss.hex()})
+        line = canonical_json({"step": place, "loss": loss.hex(), **_shaped_by(learner)})
         due = self._snapshot is None and time.monotonic() >= self._due
         snapshot = learner.snapshot() if due else None
         with self._changed:
@@ -272,6 +274,17 @@ def delete(folder: Path) -> None:
         raise Unavailable(
             f"Cannot delete the checkpoints in {folder}: {error.strerror}.", "Is the disk read-only?"
         ) from error
+
+
+def _shaped_by(learner: Learner) -> dict[str, Any]:
+    """Of the step taken last: its learning-rate position and rate, and the SHA-256 of the slots it took."""
+    place, optimiser = learner.place - 1, learner.optimiser
+    batch = learner.plan[place]
+    return {
+        "position": optimiser.position,
+        "rate": rate_at(optimiser.recipe, optimiser.position - 1, place / len(learner.plan)),
+        "slots": digest_of([batch.slots, batch.earlier]),
+    }
 
 
 def _newest(folder: Path, key: str) -> tuple[int, Snapshot] | None:
