@@ -14,6 +14,7 @@ from .releases import Release
 
 log = logging.getLogger(__name__)
 _FULL_READ_SECONDS = 2.0
+_GLANCE_SECONDS = 0.005  # between two looks at whether the ledger's file has moved
 _RENEWALS = 4  # times per term
 _SHARE = 4  # reading releases may take one part in so many of the time
 
@@ -71,6 +72,7 @@ class Follower:
                 log.warning("lease not given up: %s", error)
 
     def _run(self) -> None:
+        moved = self._ledger.db.watch()
         while not self._stop.is_set():
             woken = self.wake.is_set() and not self._loaded.is_set()
             self.wake.clear()
@@ -86,17 +88,29 @@ class Follower:
             except Exception:
                 log.exception("the follower failed and goes on")
                 self._troubled = True
+            self._rest(moved)
+
+    def _rest(self, moved: Callable[[], bool] | None) -> None:
+        """Until something is to be looked at: a wake-up, another writer's commit where that can be seen, or time."""
+        if moved is None:
             self.wake.wait(self._poll)
+            return
+        until = clock() + self._poll
+        while not self.wake.wait(max(0.0, min(_GLANCE_SECONDS, until - clock()))):
+            if moved() or clock() >= until:
+                return
 
     def _turn(self, woken: bool) -> None:
         if not self._held:
             self._take()
-        now = self._ledger.clock()
+        # Only reading, so that events that are sealed do not make every server write.
+        fence, now = self._ledger.pulse()
         moved, self._clock = now != self._clock, now
         self._dirty |= moved or woken
-        # Only reading, so that events that are sealed do not make every server write.
-        fenced = moved and self._ledger.last_fence() > (self._acked or 0)
-        if fenced or clock() >= self._renew_at:
+        fenced = fence > (self._acked or 0)
+        if fenced:
+            self._carry_out()
+        if self._held and (fenced or clock() >= self._renew_at):
             self._renew()
         if self._held and (self._permit.halted or self._due()):
             self._read()

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,11 +25,15 @@ from .server import Server
 log = logging.getLogger(__name__)
 _GRACE_SECONDS = 2  # for answers to end after they were told to
 _CONNECTIONS_BESIDE_QUEUE = 512
+# How long a thread may keep Python to itself. A fence passes through three threads, a dozen times, each of which would
+# wait so long for the step loop.
+_SWITCH_SECONDS = 0.0005
 
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises what keeps the server from starting or running."""
     set_up_logs()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     serving = settings.serving
     if not serving.api_keys and not is_loopback(serving.host):
         raise BadInput(

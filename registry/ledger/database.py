@@ -1,8 +1,9 @@
 """The database under the ledger: engines, transactions, migrations, and what a lost connection looks like."""
 
 import fcntl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,18 @@ class Database:
         if self.sqlite:
             event.listen(self._engine, "connect", _set_up_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
+        self._hasty = self._engine.execution_options(hasty=True)
         self._reader = self._engine.execution_options(
             reading=True, **({} if self.sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True})
         )
 
     @contextmanager
-    def write(self) -> Iterator[sa.Connection]:
-        """One transaction that may write; on SQLite it holds the only write lock from its start."""
-        with _told(self.url), self._engine.begin() as connection:
+    def write(self, durable: bool = True) -> Iterator[sa.Connection]:
+        """One transaction that may write; on SQLite it holds the only write lock from its start. Without `durable` it
+        does not wait for the disk: others see it at once, and only a crash of the whole machine can undo it."""
+        with _told(self.url), (self._engine if durable else self._hasty).begin() as connection:
+            if not durable and not self.sqlite:
+                connection.execute(sa.text("SET LOCAL synchronous_commit TO off"))
             yield connection
 
     @contextmanager
@@ -84,6 +89,23 @@ class Database:
                 finally:
                     if won:
                         connection.execute(sa.select(sa.func.pg_advisory_unlock(sa.func.hashtext(name))))
+
+    def watch(self) -> Callable[[], bool] | None:
+        """On SQLite, what says whether others have written since it was last asked, for microseconds of work; belongs
+        to the thread that made it. None elsewhere: there a look costs a round trip."""
+        if not self.sqlite:
+            return None
+        raw: Any = sqlite3.connect(sa.make_url(self.url).database or "", timeout=0, isolation_level=None)
+        seen = -1
+
+        def moved() -> bool:
+            nonlocal seen
+            before = seen
+            with suppress(sqlite3.OperationalError):
+                [(seen,)] = raw.execute("PRAGMA data_version")
+            return seen != before
+
+        return moved
 
     def migrate(self) -> None:
         """Create the tables, or bring an older ledger's up to date."""
@@ -145,8 +167,12 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    reading = connection.get_execution_options().get("reading", False)
-    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+    options = connection.get_execution_options()
+    if options.get("reading", False):
+        connection.exec_driver_sql("BEGIN")
+    else:
+        connection.exec_driver_sql(f"PRAGMA synchronous={'NORMAL' if options.get('hasty', False) else 'FULL'}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 @contextmanager

@@ -105,11 +105,6 @@ class Ledger(Sealing, Forgetting):
         with self.db.read() as c:
             return {name: head for name, head in c.execute(sa.select(t.adapters.c.name, t.adapters.c.head))}  # noqa: C416
 
-    def clock(self) -> int:
-        """A number that rises with every fact of any adapter; cheap to read often."""
-        with self.db.read() as c:  # not the highest fact id: on PostgreSQL a lower one may commit later
-            return int(c.execute(sa.select(sa.func.sum(t.adapters.c.head))).scalar() or 0)
-
     def facts(self, adapter: str, after: int = 0, limit: int | None = None) -> list[Fact]:
         """The journal of an adapter after a sequence number, in order."""
         query = sa.select(t.facts).where(t.facts.c.adapter == adapter, t.facts.c.seq > after).order_by(t.facts.c.seq)

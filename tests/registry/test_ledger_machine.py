@@ -214,7 +214,7 @@ class LedgerMachine(RuleBasedStateMachine):
             check_adapter(self.world, record.name)
             check_chain(self.ledger.facts(record.name))
             assert len(self.ledger.facts(record.name)) == record.head
-        clock = self.ledger.clock()
+        clock = self.ledger.pulse()[1]
         assert clock >= self.clock
         self.clock = clock
         leases: list[Lease] = self.ledger.leases()
