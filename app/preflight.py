@@ -104,9 +104,12 @@ def check_serving_port(settings: Settings) -> None:
 
 
 def check_cluster(settings: Settings) -> None:
-    """`Unavailable` when the Kafka cluster does not answer."""
+    """`Unavailable` when the Kafka cluster does not answer, `Refused` when it does not let this client in."""
+    from riverdelta.streams.access import check_access
+
     if not any(broker.listens(server.strip(), 3) for server in settings.kafka.bootstrap.split(",")):
         raise Unavailable(
             f"No Kafka broker answers at {settings.kafka.bootstrap}.",
             "Start it or correct --kafka; without a cluster, `up` runs an embedded broker.",
         )
+    check_access(settings.kafka)

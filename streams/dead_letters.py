@@ -10,6 +10,7 @@ from riverdelta.core.errors import Unavailable
 from riverdelta.core.settings import Settings
 from riverdelta.core.telemetry import now
 
+from .access import check_access
 from .items import DeadLetter, Headers
 
 _PREFIX = "dlt."
@@ -102,6 +103,7 @@ def _records(settings: Settings) -> Iterator[Any]:
     from kafka.errors import KafkaError
 
     topic = settings.topics.dead_letters
+    check_access(settings.kafka)
     try:
         with contextlib.closing(
             KafkaConsumer(**settings.kafka.for_kafka_python(), auto_offset_reset="earliest", enable_auto_commit=False)

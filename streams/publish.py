@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from riverdelta.core.errors import BadInput, Unavailable
+from riverdelta.core.errors import BadInput, Refused, Unavailable
 from riverdelta.core.events import ContractError, decode
 from riverdelta.core.settings import Settings
+
+from .access import check_access
 
 _CHECK_EVERY = 1000
 _SECONDS = 30.0
@@ -33,6 +35,7 @@ class Publisher:
         self._topic = settings.topics.events
         self._waiting: list[tuple[str, Any]] = []
         self.last: dict[int, int] = {}
+        check_access(settings.kafka)
         try:
             self._producer = KafkaProducer(
                 **settings.kafka.for_kafka_python(),
@@ -77,6 +80,8 @@ class Publisher:
     def _lost(self, name: str, error: Exception) -> Exception:
         if type(error).__name__ in ("MessageSizeTooLargeError", "RecordTooLargeError"):
             return BadInput(f"{name} is larger than the broker takes: {error!r}.", "Shorten it.")
+        if type(error).__name__ == "TopicAuthorizationFailedError":
+            return Refused(f"The cluster does not let this client write to {self._topic}.", "Grant it Write.")
         return Unavailable(
             f"{name} did not reach {self._topic}: {error!r}.", "What came before it arrived; publish from it on again."
         )

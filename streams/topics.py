@@ -8,6 +8,8 @@ from typing import Any
 from riverdelta.core.errors import BadInput, Refused, Unavailable
 from riverdelta.core.settings import Settings
 
+from .access import check_access
+
 log = logging.getLogger(__name__)
 
 _HOUR_MS = 3_600_000
@@ -63,6 +65,7 @@ def admin(settings: Settings) -> Iterator[Any]:
     )
 
     where = settings.kafka.bootstrap
+    check_access(settings.kafka)
     try:
         with contextlib.closing(KafkaAdminClient(**settings.kafka.for_kafka_python())) as client:
             yield client
