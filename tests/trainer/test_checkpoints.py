@@ -1,5 +1,6 @@
 """The checkpoint log: killed at any moment, torn or out of space, an increment ends with the uninterrupted digest."""
 
+import json
 import os
 import random
 import signal
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from riverdelta.core.errors import Unavailable
+from riverdelta.core.store import ObjectStore
 from riverdelta.trainer import checkpoints
 from riverdelta.trainer.base import Base
-from riverdelta.trainer.checkpoints import CheckpointLog, read
+from riverdelta.trainer.checkpoints import CheckpointLog, Shipped, read
 from riverdelta.trainer.increment import Candidate, Learner, step, train
 from tests.trainer.samples import contents, recipe
 
@@ -52,6 +54,43 @@ def test_an_abandoned_increment_resumes_where_its_state_was(base: Base, whole: C
     second, log = begin(base), CheckpointLog(tmp_path / "acme", "k")
     assert log.resume(second) == 7
     assert finish(base, second, log) == whole
+
+
+def test_a_machine_that_goes_away_is_followed_by_another(base: Base, whole: Candidate, tmp_path: Path) -> None:
+    """Told to stop, a trainer leaves its state in the store; one with another disk and the same store goes on."""
+    store = ObjectStore(f"file://{tmp_path}/store")
+    learner, log = begin(base), CheckpointLog(tmp_path / "here" / "acme", "k", Shipped(store, "acme", "k"))
+    log.resume(learner)
+    for _ in range(5):
+        step(base, [learner])
+        log.record(learner)
+    log.close(learner)
+    second, log = begin(base), CheckpointLog(tmp_path / "there" / "acme", "k", Shipped(store, "acme", "k"))
+    assert log.resume(second) == 5
+    assert finish(base, second, log) == whole
+    log.discard()
+    assert list(store.keys("checkpoints/")) == []
+    other = begin(base)
+    log = CheckpointLog(tmp_path / "third" / "acme", "another key", Shipped(store, "acme", "k"))
+    assert log.resume(other) == 0
+    log.close()
+
+
+def test_a_step_is_logged_with_what_shaped_it(base: Base, tmp_path: Path) -> None:
+    learner, log = begin(base), CheckpointLog(tmp_path / "acme", "k")
+    log.resume(learner)
+    while not learner.done:
+        step(base, [learner])
+        log.record(learner)
+    log.close()
+    first, *records = checkpoints._whole((tmp_path / "acme" / "steps.log").read_bytes())[0]
+    assert json.loads(first) == {"key": "k"}
+    held = [json.loads(record) for record in records]
+    assert [float.fromhex(record["loss"]) for record in held] == learner.losses
+    rates = [record["rate"] for record in held]
+    assert rates[0] == LIKE.optimiser.learning_rate
+    assert rates == sorted(rates, reverse=True)
+    assert len({record["slots"] for record in held}) > 1
 
 
 def test_what_another_increment_wrote_is_not_read(base: Base, whole: Candidate, tmp_path: Path) -> None:
