@@ -1,8 +1,9 @@
 """The counterfactual: an adapter trained anew, alone, from the raw events, with subjects suppressed from the start.
 
 What it takes from the ledger are the facts that a forget keeps: which events made which entries, their order, the
-segments' boundaries, which segments the live version's lineage learned, and from which index on a subject was allowed
-again. Contents come from Kafka, and which entries are tombstones is decided here, from the subjects' plain names.
+segments' boundaries, which segments the live version's lineage came to, what people decided about them, and from which
+index on a subject was allowed again. The gate decides anew. Contents come from Kafka, and which entries are tombstones
+is decided here, from the subjects' plain names.
 """
 
 import json
@@ -17,8 +18,8 @@ from riverdelta.core.errors import NotFound, Refused
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
-from riverdelta.registry.ledger import Ledger, VersionRecord
-from riverdelta.registry.ledger.decisions import lineage
+from riverdelta.registry.ledger import Hand, Ledger
+from riverdelta.registry.ledger.decisions import Line
 
 from .raw_log import Place, check_incarnation, read_lessons
 from .trace import open_ledger
@@ -28,7 +29,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """Where each entry of each segment lies in Kafka, in training order, and what is to come out."""
+    """Where each entry of the segments that a version's line learned or rejected lies in Kafka, and what is to come
+    out."""
 
     adapter: str
     version: int
@@ -36,6 +38,7 @@ class Plan:
     recipe: dict[str, Any]
     seed: int
     segments: tuple[tuple[Place, ...], ...]
+    hands: tuple[Hand, ...]
     indexes: dict[Place, int]
     allowed: dict[str, int]  # per keyed hash of a subject, the index from which it may be learned again
     incarnations: frozenset[str]
@@ -69,8 +72,13 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
         raise NotFound(f"{adapter} has learned nothing that is released.", "Publish events first.")
     if number not in versions:
         raise NotFound(f"{adapter} has no version {number}.", f"`riverdelta registry show {adapter}` lists them.")
-    line = [versions[each] for each in reversed(lineage(versions, number))]
-    numbers = [_segment_of(each) for each in line]
+    line = Line.of(versions, number)
+    if line.root:
+        raise Refused(
+            f"{adapter}@{line.root} was imported: what it learned before is not in the log.",
+            "Only versions that were trained here can be trained again.",
+        )
+    numbers = sorted(line.segments)
     manifests = [ledger.manifest(adapter, each) for each in numbers]
     segments = tuple(
         tuple((entry.partition, entry.offset, entry.event) for entry in manifest.entries) for manifest in manifests
@@ -90,6 +98,7 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
         head.recipe,
         head.seed,
         segments,
+        tuple(ledger.segment(adapter, each).hand for each in numbers),
         {at: first + i for first, places in zip(firsts, segments, strict=True) for i, at in enumerate(places)},
         allowed,
         frozenset(run for manifest in manifests for run in manifest.incarnations),
@@ -127,6 +136,7 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
         wanted.seed,
         segments,
         lambda done, of: progress("training segment by segment", done, of),
+        wanted.hands,
     )
     return Result(
         wanted.adapter,
@@ -173,12 +183,3 @@ def main(settings: Settings, adapter: str, without: Collection[str], as_json: bo
             err=True,
         )
     return 0 if result.equal else 1
-
-
-def _segment_of(version: VersionRecord) -> int:
-    if version.segment is None:
-        raise Refused(
-            f"{version.adapter}@{version.number} was imported: what it learned before is not in the log.",
-            "Only versions that were trained here can be trained again.",
-        )
-    return version.segment

@@ -56,12 +56,36 @@ class Seal(Struct, frozen=True, forbid_unknown_fields=True):
     age: Annotated[float, Meta(gt=0)] = 5.0
 
 
+class Question(Struct, frozen=True, forbid_unknown_fields=True):
+    """One of an operator's own questions, with the answer that no increment may unlearn."""
+
+    prompt: str
+    completion: str
+
+
+class Gate(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a candidate must not spoil, on `sample` earlier entries and the operator's `questions`.
+
+    A loss that is `tolerance` nats a token higher than the parent's is worse; more than `share` of the sample worse
+    rejects, but fewer than `least` earlier entries tell nothing. `alarm` rejections in a row are said loudly.
+    """
+
+    on: bool = True
+    sample: Annotated[int, Meta(ge=0, le=1024)] = 32
+    least: Positive = 8
+    tolerance: Annotated[float, Meta(ge=0)] = 0.5
+    share: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    alarm: Positive = 3
+    questions: tuple[Question, ...] = ()
+
+
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     """A recipe. `seed` and the adapter's name together seed every draw."""
 
     lora: Lora = Lora()
     optimiser: Optimiser = Optimiser()
     training: Training = Training()
+    gate: Gate = Gate()
     seal: Seal = Seal()
     seed: Annotated[int, Meta(ge=0)] = 0
 

@@ -28,6 +28,7 @@ replayer: "Callable[[Settings, str, list[str], bool], int] | None" = None
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Adapter.")]
 Versioned = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Adapter, or one of its versions.")]
+Segment = Annotated[int, typer.Argument(metavar="SEGMENT", min=1, help="Segment, as `registry show` numbers them.")]
 Data = Annotated[Path | None, typer.Option(help="Data folder.")]
 Config = Annotated[Path | None, typer.Option(help="Settings file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -154,6 +155,55 @@ def resume(
     mode: Mode = "replay" if replay else "tip" if tip else "continue"
     with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
         operations.resume(ledger, settings, name, mode, actor=_actor(actor), reason=reason, wakeups=wakeups)
+        print_adapter(ledger, name, as_json)
+
+
+@app.command()
+def accept(
+    name: Name,
+    segment: Segment,
+    reason: Reason = "",
+    actor: Actor = "",
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """Learn a segment whatever the gate says; what was learned since is learned again after it."""
+    _decide(name, segment, "accept", reason, actor, as_json, config, data)
+
+
+@app.command()
+def discard(
+    name: Name,
+    segment: Segment,
+    reason: Reason = "",
+    actor: Actor = "",
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """Never learn a segment; if it was learned, go back to before it and learn again what came since."""
+    _decide(name, segment, "discard", reason, actor, as_json, config, data)
+
+
+def _decide(
+    name: str,
+    segment: int,
+    hand: str,
+    reason: str,
+    actor: str,
+    as_json: bool,
+    config: Path | None,
+    data: Path | None,
+) -> None:
+    from . import operations
+    from .ledger import Hand
+    from .report import print_adapter
+
+    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
+        operations.decide(
+            ledger, settings, name, segment, Hand(hand), actor=_actor(actor), reason=reason, wakeups=wakeups
+        )
         print_adapter(ledger, name, as_json)
 
 

@@ -17,7 +17,7 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
 
-from .ledger import AdapterRecord, Forget, Lease, Ledger, Mode, Stage
+from .ledger import AdapterRecord, Forget, Hand, Lease, Ledger, Mode, Stage
 from .mlflow_projection import Projection, ask_for_repair
 from .wakeups import Wakeups
 
@@ -101,6 +101,23 @@ def resume(
 ) -> AdapterRecord:
     """End a hold: `continue` with new segments only, `replay` what was set aside, or return to the newest (`tip`)."""
     head = ledger.resume(adapter, mode, _line(actor, 128), _line(reason))
+    _tell(settings, wakeups, [adapter])
+    return head
+
+
+def decide(
+    ledger: Ledger,
+    settings: Settings,
+    adapter: str,
+    segment: int,
+    hand: Hand,
+    *,
+    actor: str,
+    reason: str = "",
+    wakeups: Wakeups | None = None,
+) -> AdapterRecord:
+    """Accept or discard a segment by hand, whatever the gate says, now and at every rebuild."""
+    head = ledger.decide_by_hand(adapter, segment, hand, _line(actor, 128), _line(reason))
     _tell(settings, wakeups, [adapter])
     return head
 

@@ -10,13 +10,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .ledger import Fact, Forget, Ledger, Outcome, Stage, VersionRecord
+from riverdelta.core.recipe import Recipe
+
+from .ledger import AdapterRecord, Fact, Forget, Hand, Ledger, Outcome, SegmentRecord, Stage, VersionRecord
 from .operations import ForgetReport, Progress
 from .verify import Verified
 
 # What is printed is data: brackets in a reason are not markup. A pipe has room for whole lines.
 _out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 _err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+_BY_HAND = {Hand.ACCEPT: "Accepted", Hand.DISCARD: "Discarded"}
 
 
 def print_json(value: Any) -> None:
@@ -26,7 +31,7 @@ def print_json(value: Any) -> None:
 
 def print_adapters(ledger: Ledger, as_json: bool) -> None:
     """Every adapter on a line, then the forgets that are not finished."""
-    heads, releases = ledger.adapters(), ledger.releases()
+    heads, releases, rejections = ledger.adapters(), ledger.releases(), ledger.rejections()
     waiting = {head.name: ledger.count_awaiting(head.name) for head in heads}
     forgets = ledger.forgets(unfinished=True)
     if as_json:
@@ -41,6 +46,7 @@ def print_adapters(ledger: Ledger, as_json: bool) -> None:
                         "entries": head.next_index,
                         "segments": head.next_segment - 1,
                         "awaiting": waiting[head.name],
+                        "rejected_in_a_row": rejections.get(head.name, 0),
                         "epoch": head.epoch,
                     }
                     for head in heads
@@ -62,6 +68,8 @@ def print_adapters(ledger: Ledger, as_json: bool) -> None:
             row = (head.next_index, head.next_segment - 1, waiting[head.name], head.epoch)
             table.add_row(head.name, release + held, releases[head.name][1][:12], *map(str, row))
         _out.print(table)
+    for head in heads:
+        _tell_rejections(head, rejections.get(head.name, 0))
     for forget in forgets:
         segments, left = ledger.count_rebuild(forget)
         rebuilt = f", {segments - left} of {segments} segments rebuilt" if segments else ""
@@ -72,7 +80,8 @@ def print_adapter(ledger: Ledger, name: str, as_json: bool) -> None:
     """An adapter's head, versions and segments."""
     head, versions, segments = ledger.adapter(name), ledger.versions(name), ledger.segments(name)
     if as_json:
-        shown = {**asdict(head), "versions": [_version(version) for version in versions.values()]}
+        shown = {**asdict(head), "rejected_in_a_row": ledger.rejections(name).get(name, 0)}
+        shown |= {"versions": [_version(version) for version in versions.values()]}
         print_json({**shown, "segments": [asdict(segment) for segment in segments]})
         return
     serves = f"version {head.release}" if head.release else "the base"
@@ -80,20 +89,24 @@ def print_adapter(ledger: Ledger, name: str, as_json: bool) -> None:
     _out.print(
         f"{name} serves {serves}{held}. {head.next_index} entries in {len(segments)} segments, epoch {head.epoch}."
     )
+    _tell_rejections(head, ledger.rejections(name).get(name, 0))
     if versions:
-        table = _table("version", "digest", "parent", "segment", "loss", "made", "")
+        table = _table("version", "digest", "parent", "segment", "new", "loss", "made", "")
         for version in versions.values():
             told = "revoked" if version.revoked else "live" if version.number == head.release else ""
             parent = f"@{version.parent}" if version.parent else "base"
             learned = "imported" if version.segment is None else str(version.segment)
-            row = (parent, learned, _losses(version), version.made_at, told)
+            new = _figure(version.metrics.get("prequential"))
+            row = (parent, learned, new, _losses(version), version.made_at, told)
             table.add_row(f"@{version.number}", version.digest[:12], *row)
         _out.print(table)
     aside = [segment for segment in segments if segment.outcome is not Outcome.TRAINED]
     if aside:
         table = _table("segment", "entries", "outcome", "why")
         for segment in aside:
-            why = f"{segment.cause} {segment.note}".strip()
+            why = f"{segment.cause} {segment.note}".strip() + _measured(segment)
+            if segment.hand:
+                why += f" {_BY_HAND[segment.hand]} by hand."
             table.add_row(str(segment.number), str(segment.count), str(segment.outcome), why)
         _out.print(table)
 
@@ -192,6 +205,27 @@ def _losses(version: VersionRecord) -> str:
     return f"{losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
 
 
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _measured(segment: SegmentRecord) -> str:
+    """What of a rejected candidate's figures went which way."""
+    m = segment.metrics
+    pairs = {"it": ("prequential", "learned"), "earlier": ("earlier_before", "earlier_after")}
+    pairs["questions"] = ("questions_before", "questions_after")
+    told = [f"{name} {m[a]:.3f} to {m[b]:.3f}" for name, (a, b) in pairs.items() if a in m and b in m]
+    return f" Loss on {', '.join(told)}." if told else ""
+
+
+def _tell_rejections(head: AdapterRecord, count: int) -> None:
+    if count >= Recipe.from_dict(head.recipe).gate.alarm:
+        _out.print(
+            f"{head.name} LEARNS NOTHING: its gate has rejected {count} segments in a row. `riverdelta registry show "
+            f"{head.name}` says why; `accept {head.name} SEGMENT` or `discard {head.name} SEGMENT` decides by hand."
+        )
+
+
 def _told(fact: Fact) -> str:
     body = fact.body
     match fact.kind:
@@ -210,6 +244,9 @@ def _told(fact: Fact) -> str:
             return f"resumed ({body['mode']})"
         case "set_aside":
             return f"segment {body['segment']} set aside: {body['cause']}"
+        case "by_hand":
+            again = f"; to be learned again: {_numbers(body['again'])}" if body["again"] else ""
+            return f"segment {body['segment']}: {body['hand']} by hand{again}"
         case "forget":
             revoked, entries = _numbers(body["revoked"]), body["entries"]
             return f"forget: {entries} entries erased, versions revoked: {revoked} ({body['request']})"

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from riverdelta.core.errors import RiverdeltaError
 from riverdelta.core.recipe import Recipe
@@ -22,11 +21,7 @@ from .adapter import AdapterWeights
 from .base import Base, Member
 from .layout import Batch, Row, arrange, bucket, plan
 from .optimiser import AdamW
-
-# Rows of logits held at once, and the multiple that their number is filled up to, as how a row is summed may depend on
-# how many there are: on a CPU only below 8, on a GPU always.
-_LOGIT_ROWS = 24
-_LOGIT_TILE = {"cpu": 8}
+from .scoring import tiles
 
 Progress = Callable[[int, int, float], None]
 
@@ -86,9 +81,9 @@ class Learner:
             self.optimiser.load(parent_state)
         training = recipe.training
         self.plan = plan(len(entries), len(earlier), training, seed, self.optimiser.position)
-        self.rows = [_row(base.tokenizer, entry, training.max_length) for entry in entries]
+        self.rows = [row_of(base.tokenizer, entry, training.max_length) for entry in entries]
         self.rehearsed = {
-            slot: _row(base.tokenizer, earlier[slot], training.max_length)
+            slot: row_of(base.tokenizer, earlier[slot], training.max_length)
             for slot in sorted({slot for batch in self.plan for slot in batch.earlier})
         }
         self.place = 0
@@ -216,18 +211,11 @@ def step(base: Base, learners: Sequence[Learner]) -> None:
 def _losses(base: Base, hidden: Tensor, targets: Tensor, batch: Batch) -> tuple[list[float], Tensor]:
     """Every adapter's mean loss over its targets, and the slope of each loss at `hidden` [targets, width].
 
-    Logits exist for `_LOGIT_ROWS` places at a time.
+    Logits exist for some places at a time.
     """
     shares = torch.cat([torch.full((n,), 1.0 / n, device=hidden.device) for n in batch.targets_each])
-    tile = _LOGIT_TILE.get(hidden.device.type, _LOGIT_ROWS)
     slopes, each = [], []
-    for first in range(0, hidden.shape[0], _LOGIT_ROWS):
-        rows = min(_LOGIT_ROWS, hidden.shape[0] - first)
-        spare = -rows % tile
-        places, wanted, share = (
-            pad(part[first : first + rows], [0, 0] * (part.dim() - 1) + [0, spare])
-            for part in (hidden, targets, shares)
-        )
+    for rows, (places, wanted, share) in tiles(hidden, targets, shares):
         places.requires_grad_()
         logits = base.logits(places)
         loss, pull = _cross_entropy(logits.detach().float(), wanted, share)
@@ -251,7 +239,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, shares: Tensor) -> tuple[Ten
     return loss, pull
 
 
-def _row(tokenizer: Any, entry: bytes | None, max_length: int) -> Row | None:
+def row_of(tokenizer: Any, entry: bytes | None, max_length: int) -> Row | None:
     """An entry's tokens; None for a tombstone and for what has nothing to learn from."""
     if entry is None:
         return None

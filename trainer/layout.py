@@ -21,8 +21,13 @@ class Row:
 
     @property
     def learns(self) -> bool:
-        """Whether any token of the row has loss; the first one never has, as nothing predicts it."""
-        return any(label != IGNORE for label in self.labels[1:])
+        """Whether any token of the row has loss."""
+        return self.targets > 0
+
+    @property
+    def targets(self) -> int:
+        """How many tokens have loss; the first one never has, as nothing predicts it."""
+        return sum(label != IGNORE for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,15 @@ def plan(slots: int, earlier: int, training: Training, seed: int, position: int)
             batches.append(MicroBatch(tuple(sorted(drawn[first : first + size])), tuple(again)))
         position += -(-slots // size)
     return tuple(batches)
+
+
+def spread(slots: int, many: int, start: int) -> tuple[int, ...]:
+    """At most `many` of the slots, far apart, from a drawn start.
+
+    >>> spread(10, 3, 25)
+    (2, 5, 9)
+    """
+    return tuple(sorted((start + turn * _stride(slots)) % slots for turn in range(min(many, slots))))
 
 
 def _stride(slots: int) -> int:

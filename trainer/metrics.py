@@ -20,6 +20,12 @@ class Metrics:
         self.outcomes = Counter(
             "riverdelta_trainer_outcomes", "Increments by what became of them", ("outcome",), registry=registry
         )
+        self.rejected_in_a_row = Gauge(
+            "riverdelta_trainer_rejected_in_a_row",
+            "Segments that the gate has rejected in a row, of adapters where these are as many as the recipe's alarm",
+            ("adapter",),
+            registry=registry,
+        )
         self.active = Gauge("riverdelta_trainer_active", "Adapters being trained", registry=registry)
         self.seconds = Histogram(
             "riverdelta_trainer_increment_seconds",

@@ -1,10 +1,12 @@
 """What becomes of an increment in the ledger: committed, set aside with a reason, or refused and removed."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from riverdelta.core.errors import Conflict, RiverdeltaError
+from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore, state_key, weights_key
 from riverdelta.registry.ledger import Cause, Increment, Ledger, Work
 
@@ -32,7 +34,9 @@ class Outcomes:
         self._fingerprint, self._patiently, self._told = fingerprint, patiently, told
         self._metrics = metrics
 
-    def commit(self, work: Work, candidate: Candidate, saw: Collection[int], seconds: float) -> None:
+    def commit(
+        self, work: Work, candidate: Candidate, saw: Collection[int], judged: Mapping[str, Any], seconds: float
+    ) -> None:
         """Files first, then the ledger; a ledger that has moved on refuses, and the files go again."""
         self._patiently(lambda: self._store.put(weights_key(candidate.digest), candidate.weights))
         self._patiently(lambda: self._store.put(state_key(candidate.state_digest), candidate.state))
@@ -45,7 +49,7 @@ class Outcomes:
             candidate.state_digest,
             tuple(sorted(saw)),
             self._fingerprint,
-            {**candidate.metrics, "seconds": round(seconds, 3)},
+            {**candidate.metrics, **judged, "seconds": round(seconds, 3)},
         )
         try:
             version = self._patiently(lambda: self._ledger.commit(increment, self._holder))
@@ -55,24 +59,48 @@ class Outcomes:
             self._remove(candidate)
             return
         self._metrics.outcomes.labels("trained").inc()
+        with contextlib.suppress(KeyError):
+            self._metrics.rejected_in_a_row.remove(version.adapter)
         self._metrics.seconds.observe(seconds)
         log.info("Committed %s@%d, digest %s, in %.1f s", version.adapter, version.number, version.digest[:12], seconds)
         self._told(version.adapter)
 
     def set_aside(self, work: Work, reason: RiverdeltaError) -> None:
-        """The segment is not learned, and the ledger says why."""
+        """The segment cannot be learned, and the ledger says why."""
+        log.error("Segment %d of %s is set aside: %s", work.segment.number, work.adapter.name, reason)
+        if self._without(work, Cause.ERROR, str(reason), {}):
+            self._metrics.outcomes.labels("set_aside").inc()
+
+    def reject(self, work: Work, reason: str, metrics: Mapping[str, Any]) -> None:
+        """The gate turned the candidate down; said loudly when it does so again and again."""
+        name, number = work.adapter.name, work.segment.number
+        log.warning("Segment %d of %s is set aside by the gate: %s", number, name, reason)
+        if not self._without(work, Cause.GATE, reason, metrics):
+            return
+        self._metrics.outcomes.labels("rejected").inc()
+        row = self._patiently(lambda: self._ledger.rejections(name)).get(name, 0)
+        if row >= Recipe.from_dict(work.adapter.recipe).gate.alarm:
+            self._metrics.rejected_in_a_row.labels(name).set(row)
+            log.error(
+                "%s learns nothing: its gate has rejected %d segments in a row. Look at them with `riverdelta registry "
+                "show %s`, then `accept` or `discard` them.",
+                name,
+                row,
+                name,
+            )
+
+    def _without(self, work: Work, cause: Cause, note: str, metrics: Mapping[str, Any]) -> bool:
         name, number, epoch = work.adapter.name, work.segment.number, work.adapter.epoch
         parent = work.parent.number if work.parent else 0
-        log.error("Segment %d of %s is set aside: %s", number, name, reason)
         try:
             self._patiently(
-                lambda: self._ledger.set_aside(name, number, epoch, parent, Cause.ERROR, str(reason), self._holder)
+                lambda: self._ledger.set_aside(name, number, epoch, parent, cause, note, self._holder, metrics)
             )
         except Conflict as refused:
             log.info("Dropped that outcome: %s", refused)
-            return
-        self._metrics.outcomes.labels("set_aside").inc()
+            return False
         self._told(name)
+        return True
 
     def _remove(self, candidate: Candidate) -> None:
         # Refused work may hold what must not be kept; equal files may be an accepted version's.

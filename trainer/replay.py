@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from riverdelta.core.recipe import Recipe
+from riverdelta.registry.ledger import Hand
 
 from .base import Base
-from .increment import Untrainable, train
+from .gate import BY_HAND, Gate, Judged
+from .increment import Candidate, Learner, Untrainable, step
 
 Told = Callable[[int, int], None]
 
@@ -31,10 +33,12 @@ def replay(
     seed: int,
     segments: Sequence[Sequence[bytes | None]],
     told: Told | None = None,
+    hands: Sequence[Hand] = (),
 ) -> list[Replayed]:
     """Train `segments` in order, each a list of contents in index order with None for tombstones.
 
-    `told` hears (segments done, segments) before each. A parent that is still the base has empty digests.
+    `told` hears (segments done, segments) before each; `hands` are people's decisions about them, none by default. The
+    gate's decisions are not given: they are taken again. A parent that is still the base has empty digests.
     """
     done: list[Replayed] = []
     weights = state = None
@@ -43,13 +47,38 @@ def replay(
     for number, entries in enumerate(segments):
         if told is not None:
             told(number, len(segments))
-        try:
-            made = train(base, recipe, seed, entries, earlier, weights, state)
-        except Untrainable as error:
-            done.append(Replayed(last.digest, last.state_digest, (), str(error)))
+        hand = hands[number] if hands else Hand.NONE
+        made, rejected = _increment(base, recipe, seed, entries, earlier, weights, state, hand)
+        if made is None:
+            done.append(Replayed(last.digest, last.state_digest, (), rejected))
             continue
         weights, state = made.weights, made.state
         earlier += entries
         last = Replayed(made.digest, made.state_digest, made.losses)
         done.append(last)
     return done
+
+
+def _increment(
+    base: Base,
+    recipe: Recipe,
+    seed: int,
+    entries: Sequence[bytes | None],
+    earlier: Sequence[bytes | None],
+    weights: bytes | None,
+    state: bytes | None,
+    hand: Hand,
+) -> tuple[Candidate | None, str]:
+    """The candidate, or why there is none."""
+    if hand is Hand.DISCARD:
+        return None, BY_HAND
+    learner = Learner(base, recipe, seed, entries, earlier, weights, state)
+    gate = Gate(base, recipe, seed, learner, earlier, hand) if recipe.gate.on else None
+    while not learner.done:
+        step(base, [learner])
+    try:
+        made = learner.candidate()
+    except Untrainable as error:
+        return None, str(error)
+    judged = gate.judge() if gate is not None else Judged("", {})
+    return (None, judged.rejected) if judged.rejected else (made, "")

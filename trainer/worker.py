@@ -11,12 +11,13 @@ from riverdelta.core.digests import digest_of
 from riverdelta.core.errors import Corrupt, NotFound, RiverdeltaError, Unavailable
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore
-from riverdelta.registry.ledger import Ledger, Work
+from riverdelta.registry.ledger import Hand, Ledger, Work
 
 from .base import Base
 from .checkpoints import CheckpointLog
 from .fingerprint import fingerprint
 from .folder import TrainerFolder
+from .gate import BY_HAND, Gate, Judged
 from .increment import Learner, step
 from .inputs import read_inputs
 from .lease import Lease
@@ -36,10 +37,12 @@ _STEP_TOKENS = 4096
 
 @dataclass
 class Active:
-    """An increment in the making, the segments that it uses, and the ledger's head when it was last seen wanted."""
+    """An increment in the making, its gate, the segments that it uses, and the ledger's head when it was last seen
+    wanted."""
 
     work: Work
     learner: Learner
+    gate: Gate | None
     checkpoints: CheckpointLog
     saw: set[int]
     head: int
@@ -91,10 +94,10 @@ class Worker:
         """Keep the lease, take up what waits, and take one step; False when there was nothing to do."""
         self._lease.keep(self._carry_out, self._drop_all)
         self._drop_overtaken()
-        self._take_up()
+        decided = self._take_up()
         self._metrics.active.set(len(self._active))
         if not self._active:
-            return False
+            return decided
         for group in self._groups():
             self._step(group)
         for active in list(self._active.values()):
@@ -146,22 +149,25 @@ class Worker:
 
     # -- work ------------------------------------------------------------------------------------------------
 
-    def _take_up(self) -> None:
+    def _take_up(self) -> bool:
+        """Begin what waits; whether something came to its outcome without a step."""
+        decided = False
         if len(self._active) >= self._most:
-            return
+            return decided
         now = time.monotonic()
         for name, _ in self._patiently(self._ledger.waiting):
             if len(self._active) >= self._most or self._stop.is_set():
-                return
+                break
             if self._active and name not in self._active and not self._may_pack():
-                return
+                break
             if name in self._active or self._stalled.get(name, 0.0) > now:
                 continue
             try:
-                self._begin(name)
+                decided |= self._begin(name)
             except (Corrupt, NotFound) as error:
                 self._stalled[name] = now + _STALLED_SECONDS
                 log.error("%s waits until this is mended: %s", name, error)
+        return decided
 
     def _may_pack(self) -> bool:
         if self._exact is None:
@@ -173,26 +179,29 @@ class Worker:
             self._most = 1
         return self._exact
 
-    def _begin(self, name: str) -> None:
+    def _begin(self, name: str) -> bool:
         work = self._patiently(lambda: self._ledger.work(name))
         if work is None:
-            return
+            return False
+        if work.segment.hand is Hand.DISCARD:
+            self._outcomes.reject(work, BY_HAND, {})
+            return True
         try:
-            learner, saw = self._patiently(lambda: self._learner(work))
+            learner, gate, saw = self._patiently(lambda: self._learner(work))
         except NotFound:
             # A purge may have replaced the payload, or a forget the parent, since the ledger was read.
             if self._patiently(lambda: self._ledger.work(name)) == work:
                 raise
-            return
+            return False
         except (Corrupt, Unavailable):
             raise
         except RiverdeltaError as error:  # the recipe does not fit this base, or the parent does not fit the recipe
             self._outcomes.set_aside(work, error)
-            return
+            return True
         self._stalled.pop(name, None)
         checkpoints = self._folder.open(name, self._key(work))
         spared = self._patiently(lambda: checkpoints.resume(learner))
-        self._active[name] = Active(work, learner, checkpoints, saw, work.adapter.head)
+        self._active[name] = Active(work, learner, gate, checkpoints, saw, work.adapter.head)
         log.info(
             "Training %s on version %d: %d entries, %d steps",
             f"{name} segment {work.segment.number}",
@@ -202,19 +211,14 @@ class Worker:
         )
         if spared:
             log.info("Resumed %s segment %d after step %d", name, work.segment.number, spared)
+        return False
 
-    def _learner(self, work: Work) -> tuple[Learner, set[int]]:
+    def _learner(self, work: Work) -> tuple[Learner, Gate | None, set[int]]:
         inputs = read_inputs(self._ledger, self._store, work)
-        learner = Learner(
-            self._base,
-            Recipe.from_dict(work.adapter.recipe),
-            work.adapter.seed,
-            inputs.entries,
-            inputs.earlier,
-            inputs.weights,
-            inputs.state,
-        )
-        return learner, {work.segment.number, *inputs.earlier.used}
+        recipe, seed = Recipe.from_dict(work.adapter.recipe), work.adapter.seed
+        learner = Learner(self._base, recipe, seed, inputs.entries, inputs.earlier, inputs.weights, inputs.state)
+        gate = Gate(self._base, recipe, seed, learner, inputs.earlier, work.segment.hand) if recipe.gate.on else None
+        return learner, gate, {work.segment.number, *inputs.earlier.used}
 
     def _key(self, work: Work) -> str:
         """Names an increment by everything that shapes it; an epoch stands for its tombstones."""
@@ -226,6 +230,7 @@ class Worker:
                 work.adapter.recipe_digest,
                 work.adapter.epoch,
                 work.segment.number,
+                work.segment.hand,
                 [parent.number, parent.digest, parent.state] if parent else None,
                 self._fingerprint,
             ]
@@ -292,5 +297,10 @@ class Worker:
         except RiverdeltaError as error:
             self._outcomes.set_aside(active.work, error)
         else:
-            self._outcomes.commit(active.work, candidate, active.saw, time.monotonic() - active.began)
+            judged = active.gate.judge() if active.gate is not None else Judged("", {})
+            if judged.rejected:
+                self._outcomes.reject(active.work, judged.rejected, judged.metrics)
+            else:
+                seconds = time.monotonic() - active.began
+                self._outcomes.commit(active.work, candidate, active.saw, judged.metrics, seconds)
         self._drop(active)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from riverdelta.core.errors import BadInput, Conflict, NotFound, Refused, StaleEpoch
 
-from .records import AdapterRecord, Cause, Outcome, SegmentRecord, VersionRecord
+from .records import AdapterRecord, Cause, Hand, Outcome, SegmentRecord, VersionRecord
 
 Versions = Mapping[int, VersionRecord]
 _REJECTED = (Cause.GATE, Cause.ERROR)
@@ -76,11 +76,11 @@ class Line:
         """The segment with its outcome in this line; None when the line says nothing about it."""
         if segment.number in self.trained:
             version = self.trained[segment.number]
-            return replace(segment, outcome=Outcome.TRAINED, version=version, cause=Cause.NONE, note="")
+            return segment.outcome_as(Outcome.TRAINED, version)
         if segment.number in self.rejected:
             cause = segment.cause if segment.cause in _REJECTED else Cause.GATE
-            version = self.rejected[segment.number]
-            return replace(segment, outcome=Outcome.SET_ASIDE, version=version, cause=cause)
+            parent = self.rejected[segment.number]
+            return segment.outcome_as(Outcome.SET_ASIDE, parent, cause, segment.note, segment.metrics)
         return None
 
 
@@ -133,14 +133,22 @@ def decide_increment(
             ("increment", {"version": number, "parent": parent, "segment": segment.number, "digest": digest}),
             ("release", {"from": adapter.release, "to": number, "digest": digest}),
         ),
-        (replace(segment, outcome=Outcome.TRAINED, version=number, cause=Cause.NONE, note=""),),
+        (segment.outcome_as(Outcome.TRAINED, number),),
     )
 
 
 def decide_set_aside(
-    adapter: AdapterRecord, segment: SegmentRecord, first: int | None, epoch: int, parent: int, cause: Cause, note: str
+    adapter: AdapterRecord,
+    segment: SegmentRecord,
+    first: int | None,
+    epoch: int,
+    parent: int,
+    cause: Cause,
+    note: str,
+    metrics: Mapping[str, Any],
 ) -> Change:
-    """Record that a segment was not learned, and why; the next increment builds on the same parent."""
+    """Record that a segment was not learned, and why; the next increment builds on the same parent. `metrics` are not
+    part of the fact: a forget must be able to take them back."""
     check_work(adapter, segment, first, epoch, parent)
     if cause not in _REJECTED:
         raise BadInput(f"A trainer cannot set aside for {cause!r}.", "Give gate or error.")
@@ -148,7 +156,7 @@ def decide_set_aside(
     return Change(
         adapter,
         (("set_aside", {"segment": segment.number, "parent": parent, "cause": str(cause), "note": note}),),
-        (replace(segment, outcome=Outcome.SET_ASIDE, version=parent, cause=cause, note=note),),
+        (segment.outcome_as(Outcome.SET_ASIDE, parent, cause, note, metrics),),
     )
 
 
@@ -188,9 +196,10 @@ def decide_rollback(
     for segment in segments:
         after = line.place(segment)
         if after is None and segment.outcome in (Outcome.TRAINED, Outcome.AWAITING):
-            after = replace(segment, outcome=Outcome.SET_ASIDE, version=None, cause=Cause.ROLLBACK, note="")
+            after = segment.outcome_as(Outcome.SET_ASIDE, cause=Cause.ROLLBACK)
         elif after is None and segment.cause in _REJECTED:
-            after = replace(segment, version=None)  # the line that rejected it is no longer the adapter's
+            # The line that rejected it is no longer the adapter's.
+            after = segment.outcome_as(Outcome.SET_ASIDE, None, segment.cause, segment.note)
         if after is not None and after != segment:
             changed.append(after)
     body = {
@@ -231,7 +240,8 @@ def decide_resume(adapter: AdapterRecord, versions: Versions, segments: Iterable
             if mode == "tip":
                 after = _return(segment, left)
             elif _behind(segment):
-                after = replace(segment, cause=Cause.LEFT, version=None) if mode == "continue" else _awaiting(segment)
+                left_behind = segment.outcome_as(Outcome.SET_ASIDE, cause=Cause.LEFT, note=segment.note)
+                after = left_behind if mode == "continue" else _awaiting(segment)
         if after is not None and after != segment:
             changed.append(after)
     body = {
@@ -249,7 +259,7 @@ def decide_resume(adapter: AdapterRecord, versions: Versions, segments: Iterable
 
 
 def _awaiting(segment: SegmentRecord) -> SegmentRecord:
-    return replace(segment, outcome=Outcome.AWAITING, version=None, cause=Cause.NONE, note="")
+    return segment.outcome_as(Outcome.AWAITING)
 
 
 def _behind(segment: SegmentRecord) -> bool:
@@ -265,7 +275,7 @@ def _return(segment: SegmentRecord, left: Line) -> SegmentRecord | None:
         return None
     if segment.number < max(left.segments, default=0):
         # Segments are learned in order, so the line had passed it over; only the held branch took it up.
-        return replace(segment, outcome=Outcome.SET_ASIDE, version=None, cause=Cause.LEFT, note="")
+        return segment.outcome_as(Outcome.SET_ASIDE, cause=Cause.LEFT)
     return _awaiting(segment)
 
 
@@ -280,6 +290,55 @@ def _longest_clean(versions: Versions, left: Line, ends: Iterable[int]) -> int:
         if along and len(steps) > length and not versions[number].revoked:
             found, length = number, len(steps)
     return found
+
+
+def decide_by_hand(
+    adapter: AdapterRecord, versions: Versions, segments: Iterable[SegmentRecord], number: int, hand: Hand
+) -> Change:
+    """Let a person's word about a segment stand above the gate's, from now on and at every rebuild.
+
+    Where the word differs from what became of the segment, the tip goes back to before it, and everything since awaits
+    training again, so that segments are learned in order whenever somebody decides. The release goes back only from
+    what learned a discarded segment.
+    """
+    segments = list(segments)
+    segment = next((each for each in segments if each.number == number), None)
+    if segment is None:
+        raise NotFound(f"{adapter.name} has no segment {number}.", f"`riverdelta registry show {adapter.name}`.")
+    if adapter.held is not None:
+        raise Conflict(f"{adapter.name} is held at version {adapter.held}.", "Resume it first.")
+    stands = segment.cause in _REJECTED and segment.version is not None
+    if segment.outcome is Outcome.SET_ASIDE and not stands:
+        raise Conflict(
+            f"Segment {number} of {adapter.name} is set aside by a {segment.cause}, not by the gate.",
+            "A rollback's `resume --replay` learns what it set aside.",
+        )
+    if segment.hand is hand:
+        raise Conflict(f"Segment {number} of {adapter.name} has that word already.", "There is nothing to do.")
+    tip, release, again = adapter.tip, adapter.release, set[int]()
+    if (segment.outcome is Outcome.TRAINED) is (hand is Hand.DISCARD) and segment.outcome is not Outcome.AWAITING:
+        learned = segment.version if segment.outcome is Outcome.TRAINED else None
+        tip = versions[learned].parent if learned else segment.version or 0
+        again = {each for each in Line.of(versions, adapter.tip).segments if each >= number}
+        again |= {e.number for e in segments if e.number >= number and e.cause in _REJECTED and e.version is not None}
+        if learned in lineage(versions, release):
+            release = tip
+    body = {
+        "segment": number,
+        "hand": str(hand),
+        "from": adapter.release,
+        "to": release,
+        "digest": versions[release].digest if release else "",
+        "again": sorted(again),
+        "index": adapter.next_index,
+    }
+    told = {each.number: _awaiting(each) if each.number in again else each for each in segments}
+    told[number] = replace(told[number], hand=hand)
+    return Change(
+        replace(adapter, tip=tip, release=release),
+        (("by_hand", body),),
+        tuple(told[each] for each in sorted(again | {number})),
+    )
 
 
 def dirty_versions(versions: Versions, touched: Iterable[int]) -> set[int]:

@@ -28,6 +28,8 @@ _MOVE_SEGMENTS = (
         version=sa.bindparam("by"),
         cause=sa.bindparam("why"),
         note=sa.bindparam("said"),
+        hand=sa.bindparam("by_hand"),
+        metrics=sa.bindparam("measured"),
     )
 )
 _MOVE_EPOCHS = (
@@ -99,6 +101,8 @@ class Journal:
                     "by": segment.version,
                     "why": segment.cause,
                     "said": segment.note,
+                    "by_hand": segment.hand,
+                    "measured": segment.metrics,
                 }
                 for segment in change.segments
             ]

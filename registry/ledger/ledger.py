@@ -17,7 +17,7 @@ from . import tables as t
 from .database import Database
 from .decisions import Change
 from .forgetting import Forgetting
-from .records import AdapterRecord, Cause, Fact, Manifest, Outcome, SegmentRecord, VersionRecord
+from .records import AdapterRecord, Cause, Fact, Hand, Manifest, Outcome, SegmentRecord, VersionRecord
 from .rows import adapter_of, fact_of, segment_of, version_of
 from .sealing import Sealing
 
@@ -165,6 +165,17 @@ class Ledger(Sealing, Forgetting):
         with self.db.read() as c:
             return int(c.execute(query).scalar() or 0)
 
+    def rejections(self, adapter: str | None = None) -> dict[str, int]:
+        """Per adapter that has any, how many candidates in a row the gate has rejected since it accepted the tip; those
+        that a person discarded do not count."""
+        s, a = t.segments.c, t.adapters.c
+        here = sa.and_(s.adapter == a.name, s.version == a.tip, s.cause == Cause.GATE, s.hand == Hand.NONE)
+        query = sa.select(a.name, sa.func.count()).select_from(t.adapters.join(t.segments, here)).group_by(a.name)
+        if adapter is not None:
+            query = query.where(a.name == adapter)
+        with self.db.read() as c:
+            return {name: count for name, count in c.execute(query)}  # noqa: C416
+
     def work(self, adapter: str) -> Work | None:
         """The adapter's next increment, read in one view, or None when nothing awaits."""
         with self.db.read() as c:
@@ -212,13 +223,22 @@ class Ledger(Sealing, Forgetting):
         return version
 
     def set_aside(
-        self, adapter: str, segment: int, epoch: int, parent: int, cause: Cause, note: str, actor: str
+        self,
+        adapter: str,
+        segment: int,
+        epoch: int,
+        parent: int,
+        cause: Cause,
+        note: str,
+        actor: str,
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record that a segment was not learned, and why."""
+        """Record that a segment was not learned, why, and what was measured."""
         with self.db.write() as c:
             head = self._adapter(c, adapter, lock=True)
             found, first = self._segment(c, adapter, segment), self._first_awaiting(c, adapter)
-            self._apply(c, head, decisions.decide_set_aside(head, found, first, epoch, parent, cause, note), actor, "")
+            change = decisions.decide_set_aside(head, found, first, epoch, parent, cause, note, metrics or {})
+            self._apply(c, head, change, actor, "")
 
     def import_adapter(
         self,
@@ -311,6 +331,17 @@ class Ledger(Sealing, Forgetting):
             actor,
             reason,
             lambda c, head: decisions.decide_resume(head, self._versions(c, adapter), self._segments(c, adapter), mode),
+        )
+
+    def decide_by_hand(self, adapter: str, segment: int, hand: Hand, actor: str, reason: str = "") -> AdapterRecord:
+        """Accept or discard a segment, whatever the gate says."""
+        return self._act(
+            adapter,
+            actor,
+            reason,
+            lambda c, head: decisions.decide_by_hand(
+                head, self._versions(c, adapter), self._segments(c, adapter), segment, hand
+            ),
         )
 
     # -- MLflow's share --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The ledger's nouns: adapters, segments and their manifests, versions, facts, fences, leases."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -24,6 +25,14 @@ class Cause(StrEnum):
     LEFT = "left"  # still set aside when the hold ended
     GATE = "gate"  # its candidate was rejected
     ERROR = "error"  # it could not be trained
+
+
+class Hand(StrEnum):
+    """What a person decided about a segment; it stands whatever the gate says, at a rebuild too."""
+
+    NONE = ""
+    ACCEPT = "accept"
+    DISCARD = "discard"
 
 
 class ManifestEntry(msgspec.Struct, array_like=True, frozen=True):
@@ -106,7 +115,7 @@ class AdapterRecord:
 @dataclass(frozen=True)
 class SegmentRecord:
     """A sealed run of entries [first, first + count). `version` made its outcome: the one that trained it, or the
-    parent that a rejected candidate built on."""
+    parent that a rejected candidate built on. `metrics` are those of a rejected candidate."""
 
     adapter: str
     number: int
@@ -120,6 +129,19 @@ class SegmentRecord:
     version: int | None = None
     cause: Cause = Cause.NONE
     note: str = ""
+    hand: Hand = Hand.NONE
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def outcome_as(
+        self,
+        outcome: Outcome,
+        version: int | None = None,
+        cause: Cause = Cause.NONE,
+        note: str = "",
+        metrics: Mapping[str, Any] | None = None,
+    ) -> "SegmentRecord":
+        """The segment with another outcome; nothing of the one before stays."""
+        return replace(self, outcome=outcome, version=version, cause=cause, note=note, metrics=dict(metrics or {}))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Any
 
 from sqlalchemy import Row
 
-from .records import AdapterRecord, Cause, Fact, Forget, Lease, Outcome, SegmentRecord, Stage, VersionRecord
+from .records import AdapterRecord, Cause, Fact, Forget, Hand, Lease, Outcome, SegmentRecord, Stage, VersionRecord
 
 
 def _given(row: Row[Any], *without: str) -> dict[str, Any]:
@@ -18,8 +18,8 @@ def adapter_of(row: Row[Any]) -> AdapterRecord:
 
 def segment_of(row: Row[Any]) -> SegmentRecord:
     """A segment, without its manifest."""
-    given = _given(row, "manifest", "outcome", "cause")
-    return SegmentRecord(**given, outcome=Outcome(row.outcome), cause=Cause(row.cause))
+    given = _given(row, "manifest", "outcome", "cause", "hand")
+    return SegmentRecord(**given, outcome=Outcome(row.outcome), cause=Cause(row.cause), hand=Hand(row.hand))
 
 
 def version_of(row: Row[Any]) -> VersionRecord:

@@ -72,6 +72,8 @@ segments = Table(
     Column("version", Integer),
     Column("cause", String(16), nullable=False),
     Column("note", Text, nullable=False),
+    Column("hand", String(8), nullable=False),
+    Column("metrics", JSON, nullable=False),
     Column("manifest", LargeBinary, nullable=False),
     Index("segments_by_outcome", "outcome", "adapter", "number"),
 )

@@ -12,7 +12,17 @@ from pathlib import Path
 
 from riverdelta.core.digests import digest_of
 from riverdelta.core.recipe import Recipe
-from riverdelta.registry.ledger import Cause, Increment, Ledger, Manifest, ManifestEntry, Outcome, Seal, Work
+from riverdelta.registry.ledger import (
+    Cause,
+    Hand,
+    Increment,
+    Ledger,
+    Manifest,
+    ManifestEntry,
+    Outcome,
+    Seal,
+    Work,
+)
 from riverdelta.registry.ledger.decisions import Line
 
 RUN = "run-1"
@@ -81,7 +91,8 @@ class World:
         """Commit an increment, or set its segment aside where the gate says so."""
         name, number, epoch = work.adapter.name, work.segment.number, work.adapter.epoch
         parent = work.parent.digest if work.parent else ""
-        if rejected(parent, contents):
+        hand = work.segment.hand
+        if hand is Hand.DISCARD or (hand is Hand.NONE and rejected(parent, contents)):
             self.ledger.set_aside(name, number, epoch, work.adapter.tip, Cause.GATE, "worse", "trainer")
             self.turned_down.setdefault((name, work.adapter.tip), set()).add(number)
         else:
@@ -110,6 +121,7 @@ class Act:
     segments: int
     kind: str
     line: frozenset[int] = frozenset()
+    segment: int = 0
 
 
 def control(folder: Path, live: World, adapter: str, acts: Sequence[Act]) -> World:
@@ -141,6 +153,8 @@ def _replay(world: World, adapter: str, act: Act) -> None:
             v for v, line in lines.items() if line <= act.line <= line | world.turned_down.get((adapter, v), set())
         ]
         world.ledger.rollback(adapter, stands[-1], "test")
+    elif act.kind in ("accept", "discard"):
+        world.ledger.decide_by_hand(adapter, act.segment, Hand(act.kind), "test")
     else:
         world.ledger.resume(adapter, act.kind, "test")  # type: ignore[arg-type]
 

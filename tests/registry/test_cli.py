@@ -18,7 +18,7 @@ from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore, weights_key
-from riverdelta.registry.ledger import Increment, Ledger, Manifest, ManifestEntry, Seal
+from riverdelta.registry.ledger import Cause, Increment, Ledger, Manifest, ManifestEntry, Seal
 
 NAMES = ("ann", "bob")
 
@@ -102,6 +102,40 @@ def test_rollback_holds_and_resume_ends_it(data: Path) -> None:
     log = run(data, "log", "acme").stdout
     assert "ann" in log
     assert "it answers nonsense" in " ".join(log.split())
+
+
+def test_segments_are_accepted_and_discarded_by_hand(data: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{data}/ledger.db")
+    alarm = Recipe().gate.alarm
+    for number in range(alarm):
+        manifest = Manifest(("run",), (ManifestEntry(0, 0, 4 + number),))
+        place = {("run", 0): (4 + number, 5 + number)}
+        ledger.seal(
+            [Seal("acme", 0, 4 + number, manifest, "count", f"segments/acme/{number + 2}.seg", "0" * 64, place)], "test"
+        )
+        measured = {"prequential": 2.5, "learned": 0.5}
+        ledger.set_aside("acme", number + 3, 0, 2, Cause.GATE, "It is worse.", "trainer", measured)
+    ledger.close()
+    for command in ("list", "show"):
+        told = " ".join(run(data, command, *["acme"][: command == "show"]).stdout.split())
+        assert f"LEARNS NOTHING: its gate has rejected {alarm} segments in a row" in told
+    assert as_json(data, "list")["adapters"][0]["rejected_in_a_row"] == alarm
+    shown = " ".join(run(data, "show", "acme").stdout.split())
+    assert "gate It is worse. Loss on it 2.500 to 0.500." in shown
+
+    head = as_json(data, "discard", "acme", "3", "--reason", "noise", "--actor", "ann")
+    assert (head["rejected_in_a_row"], head["tip"]) == (alarm - 1, 2)
+    assert run(data, "discard", "acme", "3").returncode == 4
+    head = as_json(data, "accept", "acme", "4")
+    assert [s["outcome"] for s in head["segments"][2:]] == ["set_aside"] + ["awaiting"] * (alarm - 1)
+    assert "LEARNS NOTHING" not in run(data, "show", "acme").stdout
+    log = " ".join(run(data, "log", "acme").stdout.split())
+    assert "segment 3: discard by hand" in log
+    assert "noise" in log
+    assert run(data, "accept", "acme", "99").returncode == 3
+
+    head = as_json(data, "discard", "acme", "2")  # learned already: taken out, and what came since is learned again
+    assert (head["release"], head["tip"]) == (1, 1)
 
 
 def test_forget_reports_what_it_revoked(data: Path) -> None:

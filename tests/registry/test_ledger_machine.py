@@ -12,7 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from riverdelta.core.errors import Conflict, NotFound, Refused, StaleEpoch
 from riverdelta.core.recipe import Recipe
-from riverdelta.registry.ledger import Forget, Lease, Ledger, Work
+from riverdelta.registry.ledger import Forget, Hand, Lease, Ledger, Outcome, Work
 from riverdelta.registry.verify import check_chain
 from tests.registry.histories import Act, World, check_adapter, control, keyed
 
@@ -143,8 +143,24 @@ class LedgerMachine(RuleBasedStateMachine):
         except Conflict:
             assert self.ledger.adapter(name).held is not None
 
-    def _acted(self, name: str, kind: str, line: frozenset[int] = frozenset()) -> None:
-        self.acts[name].append(Act(len(self.ledger.segments(name)), kind, line))
+    @rule(name=adapters, back=st.integers(0, 4), hand=st.sampled_from([Hand.ACCEPT, Hand.DISCARD]))
+    def decide_by_hand(self, name: str, back: int, hand: Hand) -> None:
+        number = len(self.ledger.segments(name)) - back
+        try:
+            self.ledger.decide_by_hand(name, number, hand, "test")
+        except NotFound:
+            assert number < 1
+            return
+        except Conflict:
+            return
+        self._acted(name, str(hand), segment=number)
+        while self.ledger.segment(name, number).outcome is Outcome.AWAITING and self.ledger.work(name) is not None:
+            self.world.train(name)
+        decided = Outcome.TRAINED if hand is Hand.ACCEPT else Outcome.SET_ASIDE
+        assert self.ledger.segment(name, number).outcome is decided
+
+    def _acted(self, name: str, kind: str, line: frozenset[int] = frozenset(), segment: int = 0) -> None:
+        self.acts[name].append(Act(len(self.ledger.segments(name)), kind, line, segment))
 
     # -- forgetting --
 

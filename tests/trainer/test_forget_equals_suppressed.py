@@ -6,6 +6,7 @@ event of a subject that was suppressed when it arrived or has been forgotten sin
 """
 
 import random
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +14,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from riverdelta.core.digests import seed_of
+from riverdelta.core.errors import Conflict
 from riverdelta.core.recipe import Recipe
-from riverdelta.registry.ledger import Ledger, Manifest
+from riverdelta.registry.ledger import Cause, Hand, Ledger, Manifest, Outcome
+from riverdelta.trainer import gate
 from riverdelta.trainer.base import Base
 from riverdelta.trainer.replay import Replayed, replay
 from tests.trainer.samples import contents, fact, recipe
@@ -31,16 +35,18 @@ class Raw:
     boundaries: list[int] = field(default_factory=list)
     forgotten: dict[str, int] = field(default_factory=dict)
     allowed_again: dict[str, int] = field(default_factory=dict)
+    hands: dict[int, Hand] = field(default_factory=dict)
 
 
 def control(base: Base, like: Recipe, seed: int, raw: Raw) -> list[Replayed]:
-    """Admit the raw events anew, with the forgotten suppressed from the start, and train alone."""
+    """Admit the raw events anew, with the forgotten suppressed from the start, and train alone, gates and all."""
     admitted = [
         None if index < raw.allowed_again.get(subject, 10**9) and subject in raw.forgotten else content
         for index, (subject, content) in enumerate(raw.events)
     ]
     cuts = [0, *raw.boundaries]
-    return replay(base, like, seed, [admitted[a:b] for a, b in pairwise(cuts)])
+    hands = [raw.hands.get(number, Hand.NONE) for number in range(1, len(cuts))]
+    return replay(base, like, seed, [admitted[a:b] for a, b in pairwise(cuts)], hands=hands)
 
 
 def live(stack: Stack, base: Base, like: Recipe, draw: random.Random) -> Raw:
@@ -64,6 +70,8 @@ def live(stack: Stack, base: Base, like: Recipe, draw: random.Random) -> Raw:
             forget(stack, raw, draw.choice(SUBJECTS))
         if raw.forgotten and draw.random() < 0.2:
             allow(stack, raw, draw.choice(sorted(raw.forgotten)))
+        if draw.random() < 0.15:
+            decide(stack, raw, draw.randrange(1, number + 2), draw.choice([Hand.ACCEPT, Hand.DISCARD]))
     if not raw.forgotten:
         forget(stack, raw, raw.events[0][0])
     while worker.turn():
@@ -83,6 +91,12 @@ def allow(stack: Stack, raw: Raw, subject: str) -> None:
         raw.allowed_again[subject] = len(raw.events)
 
 
+def decide(stack: Stack, raw: Raw, segment: int, hand: Hand) -> None:
+    with suppress(Conflict):  # it has that word already
+        stack.ledger.decide_by_hand("acme", segment, hand, "test")
+        raw.hands[segment] = hand
+
+
 def same(stack: Stack, base: Base, like: Recipe, raw: Raw) -> bool:
     """Whether every version of the live lineage has the control's weights and state."""
     head = stack.ledger.adapter("acme")
@@ -93,7 +107,7 @@ def same(stack: Stack, base: Base, like: Recipe, raw: Raw) -> bool:
     while at:
         line.append((versions[at].digest, versions[at].state))
         at = versions[at].parent
-    return line[::-1] == [(made.digest, made.state_digest) for made in wanted]
+    return line[::-1] == [(made.digest, made.state_digest) for made in wanted if not made.set_aside]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -103,6 +117,66 @@ def test_forget_equals_suppressed(tmp_path: Path, base: Base, seed: int) -> None
     stack = Stack(tmp_path)
     raw = live(stack, base, like, draw)
     assert same(stack, base, like, raw)
+
+
+def strict(sample: int = 4, **gate: float) -> Recipe:
+    """A recipe whose gate turns down whatever spoils one of a few earlier entries, or a question, in the least."""
+    held = {"tolerance": 0.0, "share": 0.0, "least": 1, "sample": sample, **gate}
+    held["questions"] = [{"prompt": "hi", "completion": " wo rd"}]
+    steep = {"learning_rate": 0.05, "clip": 0.0}
+    return Recipe.from_dict({**recipe(micro_batch=2, rehearse=1).to_dict(), "optimiser": steep, "gate": held})
+
+
+def test_histories_with_gates_that_reject(tmp_path: Path, base: Base) -> None:
+    turned_down = 0
+    for seed in range(100, 108):
+        draw = random.Random(seed)
+        like = strict(sample=draw.randrange(1, 5), share=draw.choice([0.0, 0.3, 0.5]))
+        stack = Stack(tmp_path / str(seed))
+        raw = live(stack, base, like, draw)
+        assert same(stack, base, like, raw)
+        segments = stack.ledger.segments("acme")
+        turned_down += sum(each.cause is Cause.GATE and not each.hand for each in segments)
+    assert turned_down >= 5
+
+
+def test_a_leak_through_the_gate_is_caught(tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned from nothing that is forgotten, and yet influenced: a gate that is not asked again after a forget."""
+    like = strict(sample=8)
+    for seed in range(30):  # a history in which the forgotten entry alone decides whether a segment is learned
+        texts = [fact(1000 * seed + n) for n in range(5)]
+        admitted = [[texts[0], texts[1]], [texts[2], None], [texts[4]]]
+        known = [[texts[0], texts[1]], [texts[2], texts[3]], [texts[4]]]
+        seeded = seed_of("adapter", "acme", 0)
+        outcomes = [[bool(made.set_aside) for made in replay(base, like, seeded, log)] for log in (known, admitted)]
+        if outcomes[0] != outcomes[1]:
+            break
+    else:
+        raise AssertionError("no history in which the forgotten entry decides")
+    raw = Raw(events=list(zip(["bob", "bob", "bob", "ann", "bob"], texts, strict=True)), boundaries=[2, 4, 5])
+    for folder, leaks in (("sound", False), ("leaky", True)):
+        stack = Stack(tmp_path / folder)
+        stack.create("acme", like)
+        stack.seal("acme", texts[:2], ["bob", "bob"])
+        stack.seal("acme", texts[2:4], ["bob", "ann"])
+        stack.seal("acme", texts[4:], ["bob"])
+        settle(stack, base)
+        was = {each.number: each.cause is Cause.GATE for each in stack.ledger.segments("acme")}
+        forget(stack, raw, "ann")
+        with monkeypatch.context() as patch:
+            if leaks:
+                again = [n for n in was if stack.ledger.segment("acme", n).outcome is Outcome.AWAITING]
+                told = iter(["As before." if was[number] else "" for number in again])
+                patch.setattr(gate, "verdict", lambda *_, told=told: next(told))
+            settle(stack, base)
+        assert same(stack, base, like, raw) is not leaks
+
+
+def settle(stack: Stack, base: Base) -> None:
+    worker = stack.worker(base, "t0")
+    while worker.turn():
+        pass
+    worker.close()
 
 
 def test_a_leaked_tombstone_is_caught(tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from riverdelta.core.recipe import Training
 from riverdelta.core.template import IGNORE, example_ids
 from riverdelta.trainer.base import Base
-from riverdelta.trainer.increment import Untrainable, _row, train
+from riverdelta.trainer.increment import Untrainable, row_of, train
 from riverdelta.trainer.layout import Row, arrange, bucket, plan
 from tests.trainer.samples import example, recipe
 
@@ -51,7 +51,7 @@ def test_a_long_prompt_loses_its_beginning_and_no_answer(base: Base) -> None:
     ],
 )
 def test_what_has_nothing_to_learn_is_no_row(base: Base, content: bytes) -> None:
-    assert _row(base.tokenizer, content, 64) is None
+    assert row_of(base.tokenizer, content, 64) is None
 
 
 def test_nothing_to_learn_makes_a_version_like_its_parent(base: Base) -> None:
