@@ -89,14 +89,20 @@ class BlockPool:
                 if self._key[block] is None:
                     self._free.move_to_end(block, last=False)
 
-    def forget(self, owner: str) -> list[int]:
-        """Drop what weights `owner` left in any block, and return those blocks, so that they can be zeroed."""
-        dropped = [b for b in range(self.num_blocks) if self._owner[b] == owner]
-        for block in dropped:
+    def retire(self, owner: str) -> list[int]:
+        """Share no more of what weights `owner` left in any block; returns those blocks, the next to be handed out."""
+        left = [b for b in range(self.num_blocks) if self._owner[b] == owner]
+        for block in left:
             assert self.refs[block] == 0, f"block {block} of {owner} is still held"
             self._unname(block)
-            self._owner[block] = None
             self._free.move_to_end(block, last=False)
+        return left
+
+    def forget(self, owner: str) -> list[int]:
+        """Retire weights `owner` for good, and return the blocks that they left, so that they can be zeroed."""
+        dropped = self.retire(owner)
+        for block in dropped:
+            self._owner[block] = None
         return dropped
 
     def _take_one(self, owner: str | None) -> int:

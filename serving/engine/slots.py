@@ -24,6 +24,8 @@ class SlotTable:
         self._idle: OrderedDict[str, None] = OrderedDict()
         # Digests given a slot whose weights nobody is bringing yet.
         self.to_load: deque[str] = deque()
+        # Slots not wiped since: the digests that had them before.
+        self._remains: dict[int, set[str]] = {}
 
     def acquire(self, digest: str) -> bool:
         """Hold a slot for `digest`; False when every slot is held by others. A new slot starts LOADING."""
@@ -48,6 +50,7 @@ class SlotTable:
     def loaded(self, digest: str) -> None:
         """The weights of `digest` are in their slot."""
         self._state[digest] = SlotState.READY
+        self.wiped(self._slot[digest])
 
     def ready(self, digest: str) -> bool:
         """Whether a step may use `digest` now."""
@@ -61,10 +64,22 @@ class SlotTable:
         """Holds on `digest`."""
         return self._refs.get(digest, 0)
 
-    def drop(self, digest: str) -> int | None:
-        """Take away the slot of a digest that nobody holds; returns it, so that it can be zeroed."""
+    def remains(self, digest: str) -> list[int]:
+        """Slots that are no longer its own and may still contain its weights."""
+        return [slot for slot, left in self._remains.items() if digest in left]
+
+    def empty(self, slot: int) -> bool:
+        """Whether the slot is nobody's."""
+        return slot in self._empty
+
+    def wiped(self, slot: int) -> None:
+        """Nothing of those who had the slot before is in it."""
+        self._remains.pop(slot, None)
+
+    def drop(self, digest: str) -> None:
+        """Take away the slot of a digest that nobody holds, if it has one; its weights stay there until it is wiped."""
         if digest not in self._slot:
-            return None
+            return
         assert self._refs[digest] == 0, f"slot of {digest} dropped while held"
         self._idle.pop(digest, None)
         del self._refs[digest], self._state[digest]
@@ -72,7 +87,7 @@ class SlotTable:
             self.to_load.remove(digest)
         slot = self._slot.pop(digest)
         self._empty.append(slot)
-        return slot
+        self._remains.setdefault(slot, set()).add(digest)
 
     def _evict(self) -> bool:
         for digest in self._idle:

@@ -69,7 +69,7 @@ class Weights:
             self._draining.discard(digest)
             self.host.drop(digest)
             self.slots.drop(digest)
-            self._pool.forget(digest)
+            self._pool.retire(digest)
 
     def erase(self, digests: Collection[str]) -> None:
         """Erase revoked weights, which nobody uses any more, when `erase_due` is next called."""
@@ -82,14 +82,16 @@ class Weights:
     def erase_due(self) -> None:
         """Erase what is to be erased. Only between two steps: nothing may read it meanwhile."""
         for digest in [d for d in self._to_erase if d != self._loading]:
-            self._to_erase.discard(digest)
             self._draining.discard(digest)
             self.host.drop(digest)
-            slot = self.slots.drop(digest)
-            if slot is not None:
+            self.slots.drop(digest)
+            for slot in filter(self.slots.empty, self.slots.remains(digest)):
                 self._device.clear(slot)
+                self.slots.wiped(slot)
             self._model.cache.zero(self._pool.forget(digest))
-            self._changed.notify_all()
+            if not self.slots.remains(digest):  # else the loader wipes it, for who has its slot now
+                self._to_erase.discard(digest)
+                self._changed.notify_all()
 
     @property
     def loading(self) -> bool:
@@ -127,6 +129,7 @@ class Weights:
                     self.slots.loaded(digest)
                     if digest in self.host.sources and digest not in self.revoked:
                         self.host.keep(digest, adapter)
+                adapter = source = None  # nothing outlives a fence here
                 self.drop_drained(digest)
                 self._changed.notify_all()
 

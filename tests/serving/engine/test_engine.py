@@ -320,3 +320,18 @@ def test_stopping_ends_every_request(engines):
     handles = [Asker(engine).submit(models.prompt(1, 9), max_tokens=200)]
     engine.stop()
     assert all(collect(h)[1].error_code == "engine_stopped" for h in handles)
+
+
+def test_revoking_what_had_left_its_slot_erases_it_too(engines):
+    engine = engines(adapter_slots=2)
+    asker, prompt = Asker(engine), models.prompt(3, 20)
+    for digest, seed in ((A, 1), (B, 2)):
+        engine.load(digest, source(seed))
+        tokens(asker.submit(prompt, digest))
+    engine.unload(A)
+    until(lambda: A not in engine.stats()["adapters"])
+    engine.revoke([A])
+    site = next(iter(engine.model.sites.values()))
+    assert [bool(site.a[n].any()) for n in range(2)].count(True) == 1
+    k, _ = engine.model.cache.layers[0]
+    assert int(k.flatten(1).any(1).sum()) == -(-(20 + 11) // 4)
