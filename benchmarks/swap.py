@@ -3,8 +3,8 @@
 A server in a process of its own; clients that stream greedy answers from two adapters without pause, and one that
 asks the moving one for single tokens; a hand that releases new random versions of it, every fifth move a rollback and
 its resume. Phases with and without moves take turns, so that the machine's moods meet both. Every answer is checked
-afterwards: it must equal the whole solo answer of the version that its fingerprint names. Without `--batch-invariant` it
-may part from it where two tokens are closer than the engine's stated margin (`near_ties`); anything else is `wrong`.
+afterwards: it must equal the whole solo answer of the version that its fingerprint names. Without `--batch-invariant`
+it may part from it where two tokens are closer than the engine's stated margin (`near_ties`); anything else is `wrong`.
 
     python -m benchmarks.swap [--base FOLDER] [--swaps 200] [--clients 8] [--tokens 48] [--batch-invariant]
 """

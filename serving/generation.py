@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -25,8 +26,10 @@ from .engine import (
     GenerationRequest,
     InvalidRequest,
     PromptTooLong,
+    QueueFull,
     RequestHandle,
     SamplingParams,
+    SchemaTooHard,
     TokenEvent,
     VersionRevoked,
 )
@@ -40,6 +43,8 @@ _PATIENCE = 3.0  # seconds in which an alias that was fenced off must have moved
 
 # One thread: a tokenizer must not be used by two at once, and long prompts must not hold up the event loop.
 _tokenizing = ThreadPoolExecutor(1, "tokenizer")
+_compiling = ThreadPoolExecutor(1, "schemas")
+_MOST_SCHEMAS = 4  # of one caller in the making
 
 
 @dataclass
@@ -143,6 +148,7 @@ class Generator:
 
     def __init__(self, engine: Engine, fleet: Fleet, base_digest: str) -> None:
         self.engine, self.fleet, self.base_digest = engine, fleet, base_digest
+        self._compiling: Counter[str] = Counter()
 
     async def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
         """Token ids of each prompt."""
@@ -185,6 +191,8 @@ class Generator:
         n: int,
     ) -> Answer:
         """Bind the model's name to a version and queue every sequence on it, all or none."""
+        if sampling.json_schema is not None:
+            await self._compile(sampling.json_schema, caller)
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
@@ -195,6 +203,15 @@ class Generator:
                 if time.monotonic() > deadline:
                     raise AnswerRevoked() from error
             await asyncio.sleep(0.01)
+
+    async def _compile(self, schema: str, caller: Caller) -> None:
+        if self._compiling[caller.name] >= _MOST_SCHEMAS:
+            raise QueueFull("Too many JSON Schemas are being compiled for this key.", "Try again later.")
+        self._compiling[caller.name] += 1
+        try:
+            await asyncio.get_running_loop().run_in_executor(_compiling, self.engine.compile, schema, caller.name)
+        finally:
+            self._compiling[caller.name] -= 1
 
     def _submit(
         self,
@@ -268,6 +285,8 @@ def _reason(event: FinishEvent) -> str:
         raise AnswerRevoked()
     if event.finish_reason == "cancelled":
         raise ReaderGone
+    if event.error_code == SchemaTooHard.code:
+        raise SchemaTooHard(event.message or "")
     code = event.error_code or "internal_error"
     known = {kind.code: kind for kind in (AdaptersHalted, AdapterLoadFailed, EngineStopped)}
     if code in known:

@@ -6,6 +6,7 @@ cannot are accepted only at the value that changes nothing. Everything else is r
 
 from typing import Annotated, Any, ClassVar, Literal
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -22,6 +23,40 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     include_usage: bool = False
+
+
+class JsonSchema(BaseModel):
+    """A JSON Schema with a name, which changes nothing; answers are always held to it strictly."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Annotated[str, StringConstraints(max_length=64)] | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """`text`, any JSON object, or a document of a JSON Schema."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("json_schema", "json_schema goes with the type json_schema, and only with it")
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The schema that answers are held to, as text."""
+        if self.type == "text":
+            return None
+        schema = self.json_schema and self.json_schema.schema_
+        return msgspec.json.encode({"type": "object"} if schema is None else schema).decode()
 
 
 class _Request(BaseModel):
@@ -44,6 +79,7 @@ class _Request(BaseModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
     user: Annotated[str, StringConstraints(max_length=256)] | None = None
     safety_identifier: Annotated[str, StringConstraints(max_length=256)] | None = None
     # Accepted and ignored
@@ -98,6 +134,7 @@ class _Request(BaseModel):
         return SamplingParams(
             max_tokens=max_tokens,
             logprobs=logprobs,
+            json_schema=self.response_format and self.response_format.schema_text,
             stop=tuple(text for text in stop if text),
             logit_bias={int(token): float(value) for token, value in (self.logit_bias or {}).items()},
             **{name: value for name, value in given.items() if value is not None},
@@ -176,7 +213,6 @@ class ChatRequest(_Request):
         "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -191,7 +227,6 @@ class ChatRequest(_Request):
     tool_choice: Any = None
     functions: list[Any] | None = None
     function_call: Any = None
-    response_format: dict[str, Any] | None = None
     modalities: list[str] | None = None
     audio: Any = None
     prediction: Any = None

@@ -11,6 +11,7 @@ from .errors import (
     InvalidRequest,
     PromptTooLong,
     QueueFull,
+    SchemaTooHard,
     VersionRevoked,
 )
 from .request import (
@@ -41,6 +42,7 @@ __all__ = [
     "QueueFull",
     "RequestHandle",
     "SamplingParams",
+    "SchemaTooHard",
     "TokenEvent",
     "Usage",
     "VersionRevoked",

@@ -9,6 +9,12 @@ class InvalidRequest(BadInput):
     code = "invalid_request"
 
 
+class SchemaTooHard(InvalidRequest):
+    """Holding an answer to its JSON Schema turned out to cost more than one answer may."""
+
+    code = "schema_too_hard"
+
+
 class PromptTooLong(InvalidRequest):
     """Prompt and answer would not fit the model's or the engine's length."""
 

@@ -11,6 +11,11 @@ COMPLETION = {"model": "acme", "prompt": "hello", "max_tokens": 2}
 CHAT = {"model": "acme", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
 TURN = CHAT["messages"][0]
 
+DEEP: dict = {}
+for _ in range(900):
+    DEEP = {"items": DEEP}
+LARGE = {"enum": ["x" * 40_000]}
+
 BAD_COMPLETIONS = [
     ({"model": None}, 400, "invalid_value", "model"),
     ({"model": 7}, 400, "invalid_value", "model"),
@@ -80,7 +85,13 @@ BAD_CHATS = [
     ({"messages": [{**TURN, "content": "x" * 300}], "max_tokens": None}, 400, "context_length_exceeded", None),
     ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", None),
     ({"tools": [], "tool_choice": "none", "response_format": {"type": "text"}}, 200, None, None),
-    ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter", None),
+    ({"response_format": {"type": "xml"}}, 400, "invalid_value", "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, 400, "invalid_value", "response_format"),
+    ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, 400, "invalid_value", None),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": []}}}, 400, "invalid_value", None),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, 400, None, None),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}}, 400, None, None),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": LARGE}}}, 400, "invalid_request", None),
     ({"top_logprobs": 2}, 400, "invalid_value", None),
     ({"logprobs": 2}, 400, "invalid_value", "logprobs"),
     ({"max_completion_tokens": 3, "reasoning_effort": "low", "parallel_tool_calls": True}, 200, None, None),

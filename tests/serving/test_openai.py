@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import json
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 
 from riverdelta.core import base
@@ -182,3 +184,34 @@ def test_the_openapi_document_describes_what_is_answered(shared):
     document = shared.client.get("/openapi.json").json()
     assert "/v1/chat/completions" in document["paths"]
     assert "422" not in json.dumps(document)
+
+
+class Person(pydantic.BaseModel):
+    name: Literal["Ada", "Łukasz"]
+    age: int = pydantic.Field(ge=0, le=99)
+
+
+def test_an_answer_of_a_schema(client):
+    asked = {"model": "acme", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 100}
+    answer = client.chat.completions.parse(**asked, response_format=Person, temperature=1.5, seed=1, n=2)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        assert 0 <= choice.message.parsed.age <= 99
+    schema = {"type": "json_schema", "json_schema": {"name": "yes", "schema": {"const": ["yes"]}}}
+    chunks = client.chat.completions.create(**asked, response_format=schema, stream=True)
+    assert json.loads("".join(chunk.choices[0].delta.content or "" for chunk in chunks)) == ["yes"]
+    continued = client.completions.create(
+        model="acme", prompt="hello", max_tokens=100, extra_body={"response_format": schema}
+    )
+    assert json.loads(continued.choices[0].text) == ["yes"]
+
+
+def test_an_answer_that_is_a_json_object(client):
+    answer = client.chat.completions.create(
+        model="acme",
+        messages=[{"role": "user", "content": "hello"}],
+        max_tokens=40,
+        response_format={"type": "json_object"},
+        temperature=0,
+    )
+    assert answer.choices[0].message.content.startswith("{")

@@ -1,5 +1,5 @@
-"""Many mixed requests of 16 adapters, two more than there are slots: every answer is its own adapter's, token for token,
-but where two tokens are closer than the stated margin."""
+"""Many mixed requests of 16 adapters, two more than there are slots: every answer is its own adapter's, token for
+token, but where two tokens are closer than the stated margin."""
 
 import random
 import threading
