@@ -134,7 +134,7 @@ class _Request(BaseModel):
         return SamplingParams(
             max_tokens=max_tokens,
             logprobs=logprobs,
-            json_schema=self.response_format and self.response_format.schema_text,
+            json_schema=None if self.response_format is None else self.response_format.schema_text,
             stop=tuple(text for text in stop if text),
             logit_bias={int(token): float(value) for token, value in (self.logit_bias or {}).items()},
             **{name: value for name, value in given.items() if value is not None},

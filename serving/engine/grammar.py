@@ -12,7 +12,7 @@ from .errors import InvalidRequest, SchemaTooHard
 # Whoever sends a schema must not slow others down: 32 KiB compile in well under a second, and a token's mask, which is
 # computed inside the step, takes milliseconds at most.
 MAX_SCHEMA = 32 << 10
-_LIMITS = {
+_LIMITS: dict[str, Any] = {
     "step_lexer_fuel": 100_000,
     "step_max_items": 20_000,
     "max_lexer_states": 20_000,
@@ -20,7 +20,7 @@ _LIMITS = {
 }
 _KEPT = 16
 # As most of the JSON that models have read is written; free white space would let an answer never end.
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Constraint:
