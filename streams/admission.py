@@ -7,6 +7,7 @@ are read again after a crash and decided again.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -25,10 +26,15 @@ WAITING = "waiting"  # for its interaction, or for feedback on it
 UNUSED = "unused"  # feedback that leaves nothing to learn
 
 
+_NOWHERE: Mapping[Where, int] = MappingProxyType({})
+
+
 class OpenEntry(Struct):
     """An admitted event that no segment holds yet. `content` is None for a tombstone.
 
     (`where`, `offset`) is its identity; `partner` is the place of the other event that a joined entry was made of.
+    Until it is sealed its duplicates stay undecided, because a crash may lose it for good, when its topic was deleted
+    or retention was faster: `copies` gives the lowest offset of them per partition, `partners` that of their partners.
     """
 
     where: Where
@@ -39,12 +45,27 @@ class OpenEntry(Struct):
     written_by: str
     arrived: float
     partner: tuple[Where, int] | None = None
+    copies: Mapping[Where, int] = _NOWHERE
+    partners: Mapping[Where, int] = _NOWHERE
 
 
 def _places(entry: OpenEntry) -> list[tuple[Where, int, tuple[Where, int] | None]]:
     """An entry's identity and partner, and these exchanged."""
     places = [(entry.where, entry.offset, entry.partner)]
     return [*places, (*entry.partner, (entry.where, entry.offset))] if entry.partner else places
+
+
+def _lowest(places: Iterable[tuple[Where, int]], known: Mapping[Where, int]) -> dict[Where, int]:
+    lowest = dict(known)
+    for where, offset in places:
+        lowest[where] = min(offset, lowest.get(where, offset))
+    return lowest
+
+
+def _precede(following: dict[Where, int], entry: OpenEntry) -> None:
+    """Without this entry, what is decided of each partition ends before its places."""
+    following[entry.where] = entry.offset
+    following |= _lowest(entry.copies.items(), following)
 
 
 @dataclass(frozen=True)
@@ -167,6 +188,7 @@ class Admission:
     def readmit(self, other: "Admission") -> int:
         """After another worker has sealed: take over what it has not sealed of `other`'s; the number taken."""
         for entry in other.open:
+            entry.copies = {w: offset for w, offset in entry.copies.items() if offset >= self._decided.get(w, 0)}
             # The other worker may have one event of a pair waiting still: then the entry is the other event's.
             for where, offset, partner in _places(entry):
                 if offset >= self._decided.get(where, 0):
@@ -187,6 +209,8 @@ class Admission:
             before = self._window.get(event)
             if before is not None and before >= index - self._dedupe:
                 self._loose.add(entry.where)
+                if before >= self.next_index:
+                    self._copy(self.open[before - self.next_index], entry)
                 return DUPLICATE
             self._window[event] = index
             if len(self._window) > 2 * self._dedupe + 1024:
@@ -196,17 +220,28 @@ class Admission:
             entry.content = None
         self.open.append(entry)
         self._hold(entry)
-        if entry.offset <= self._last.get(entry.where, -1):
-            self._ordered = False
-        self._last[entry.where] = entry.offset
+        self._pass(entry)
         return SUPPRESSED if entry.content is None else ADMITTED
+
+    def _copy(self, known: OpenEntry, entry: OpenEntry) -> None:
+        """Keep an open entry's duplicate readable and undecided for as long as the entry is open."""
+        known.copies = _lowest([(entry.where, entry.offset), *entry.copies.items()], known.copies)
+        known.partners = _lowest([*([entry.partner] if entry.partner else ()), *entry.partners.items()], known.partners)
+        self._pass(entry)
+        self._hold(known)
+
+    def _pass(self, entry: OpenEntry) -> None:
+        for where, offset in ((entry.where, entry.offset), *entry.copies.items()):
+            if offset <= self._last.get(where, -1):
+                self._ordered = False
+            self._last[where] = offset
 
     def _hold(self, entry: OpenEntry) -> None:
         if entry.offset < self._first.setdefault(entry.where, entry.offset):
             self._first[entry.where] = entry.offset
-        if entry.partner is not None:
-            where, offset = entry.partner
-            self._first[where] = min(offset, self._first.get(where, offset))
+        if entry.partner is not None or entry.copies:
+            others = (entry.partner,) if entry.partner else ()
+            self._first = _lowest([*others, *entry.copies.items(), *entry.partners.items()], self._first)
 
     def _is_barred(self, entry: OpenEntry) -> bool:
         return not self.suppressed.isdisjoint(entry.subjects) or entry.written_by in self._revoked
@@ -236,14 +271,16 @@ class Admission:
         end = total = sum(size for size, _ in parts)
         following = dict(self._decided)  # per partition, the first offset that the entries so far leave undecided
         for entry in reversed(self.open[total:]):
-            following[entry.where] = entry.offset
+            _precede(following, entry)
         targets: list[dict[Where, int]] = []
         for size, _ in reversed(parts):
             entries = self.open[end - size : end]
-            moved = {entry.where for entry in entries} | (self._loose if end == total else set())
+            moved = {where for entry in entries for where in (entry.where, *entry.copies)}
+            if end == total:
+                moved |= self._loose
             targets.append({where: following[where] for where in moved})
             for entry in reversed(entries):
-                following[entry.where] = entry.offset
+                _precede(following, entry)
             end -= size
         drafts = []
         consumed = dict(self._consumed)
@@ -266,7 +303,7 @@ class Admission:
         del self.open[: len(draft.entries)]
         for where, (_, to) in draft.consumed.items():
             self._consumed[where] = to
-        self._loose.difference_update(draft.consumed)
+        self._loose.difference_update(w for w, (_, to) in draft.consumed.items() if to == self._decided[w])
         self._ordered = self._ordered or not self.open
         self._first = {}
         for entry in self.open:

@@ -159,6 +159,11 @@ def _old_incarnation(patch: Patch) -> None:
     )
 
 
+def _duplicates_decided_at_once(patch: Patch) -> None:
+    """A duplicate of an open entry counts as decided although a crash may lose the entry."""
+    patch.setattr(admission.Admission, "_copy", lambda self, known, entry: None)
+
+
 PLANTED: dict[str, Callable[[Patch], None]] = {
     plant.__name__.strip("_"): plant
     for plant in (
@@ -178,5 +183,6 @@ PLANTED: dict[str, Callable[[Patch], None]] = {
         _cut_across_disorder,
         _leave_payloads,
         _old_incarnation,
+        _duplicates_decided_at_once,
     )
 }

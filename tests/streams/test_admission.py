@@ -49,6 +49,33 @@ def test_a_duplicate_is_known_within_the_window_and_a_restart_knows_the_same() -
     assert again.admit(example(7, event=b"e"), 0.0) == DUPLICATE
 
 
+def duplicates_of_an_open_entry() -> list[Any]:
+    """The watermark and floor of a partition whose last event repeats one that is still open, elsewhere."""
+    state = fresh(count=2)
+    for offset in range(2):
+        state.admit(example(offset), 0.0)
+    assert [state.admit(example(at, where, b"e"), 0.0) for at, where in ((0, P1), (2, P0))] == [ADMITTED, DUPLICATE]
+    (draft,) = state.cut(0.0, {})
+    state.settle(draft)
+    (rest,) = state.cut(9.0, {})
+    return [draft.consumed, state.floor(P0), rest.consumed]
+
+
+def test_a_duplicate_stays_undecided_while_its_first_is_open() -> None:
+    # The open entry's topic may be deleted before a restart reads it again: then the duplicate takes its place.
+    assert duplicates_of_an_open_entry() == [{P0: (0, 2)}, 2, {P0: (2, 3), P1: (0, 1)}]
+
+
+def test_both_of_a_duplicate_pair_stay_readable_while_the_first_is_open() -> None:
+    state = fresh()
+    for where, offset in ((("gone", 0), 7), (P1, 4)):
+        told = Item(FEEDBACK, "ada", where, offset, b"lesson", (), b'{"rating":1}', None, b"r")
+        assert state.join(told, 0.0, 0.0) == ["waiting"]
+    asked = Item(INTERACTION, "ada", P0, 1, b"", (), b'{"prompt":"q","completion":"a"}', None, b"r", "d")
+    assert state.join(asked, 0.0, 0.0) == [ADMITTED, DUPLICATE]
+    assert (state.floor(P0), state.floor(P1)) == (1, 4)
+
+
 def test_what_is_forgotten_takes_its_index_and_says_nothing() -> None:
     state = fresh(suppressed=frozenset({"ann"}))
     assert state.admit(example(0, subject="ann"), 0.0) == SUPPRESSED
