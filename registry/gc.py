@@ -29,14 +29,12 @@ def collect(ledger: Ledger, store: ObjectStore, grace: float, dry: bool = False)
     """Delete what nothing names and is older than `grace` seconds.
 
     What a segment or an unpurged version names is never touched: releases, rollback targets, pending forgets and
-    rebuilds need nothing else. The grace must exceed the time between writing an object and its transaction, a ledger
-    that is away meanwhile included.
+    rebuilds need nothing else. Writers look again after `written.SURE_SECONDS`: with less grace, stop them first.
     """
     limit = datetime.now(UTC).timestamp() - grace
     found = unnamed(ledger, store)
     deleted = sorted(key for key, at in found.items() if at.timestamp() <= limit)
     if not dry:
-        for key in deleted:
-            store.delete(key)
+        ledger.delete_unnamed(deleted, store.delete)
         store.drop_drafts(grace)
     return Collected(deleted, sorted(found.keys() - set(deleted)))

@@ -18,8 +18,9 @@ from .control import Control
 from .ledger import Forget, Lease, Ledger, Stage
 from .mlflow_projection import Projection
 from .operations import KEEPER
-from .purge import ORPHAN_SECONDS, Purge
+from .purge import Purge
 from .wakeups import Wakeups
+from .written import ORPHAN_SECONDS
 
 log = logging.getLogger(__name__)
 

@@ -22,11 +22,9 @@ from . import gc
 from .evidence import finish, kafka_still_holds
 from .ledger import Forget, Ledger, Stage
 from .mlflow_projection import Projection
+from .written import ORPHAN_SECONDS
 
 log = logging.getLogger(__name__)
-# How long an object that nothing names is watched before it counts as left over: a writer whose ledger was away tries
-# again within seconds of its return.
-ORPHAN_SECONDS = 30.0
 
 
 def manifest_key(request: str) -> str:
@@ -94,8 +92,8 @@ class Purge:
         left = self._suspects.keys() & gc.unnamed(self._ledger, self._store).keys()
         if left and time.monotonic() - self._began < self._orphan_seconds:
             return False
-        for key in left:
-            self._store.delete(key)
+        if left:
+            self._ledger.delete_unnamed(left, self._store.delete)
         return True
 
     def _draft(self, forget: Forget) -> dict[str, Any]:

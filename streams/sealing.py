@@ -14,6 +14,7 @@ from riverdelta.core import payload
 from riverdelta.core.errors import StaleEpoch
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry.ledger import Ledger, Seal, SegmentRecord
+from riverdelta.registry.written import Written
 
 from .admission import Admission, Draft
 from .metrics import Metrics
@@ -123,15 +124,16 @@ class Sealer:
             kept = [(seal, data) for seal, data in pairs if seal.adapter not in refused]
             if not kept:
                 continue
-            asked = [seal for seal, _ in kept]
-            put = partial(self._store.put_all, {seal.payload: data for seal, data in kept})
-            self._patience.until(put, "writing payloads")
-            record = partial(self._ledger.seal, asked, self._actor)
-            for seal, result in zip(asked, self._patience.until(record, "sealing in the ledger"), strict=True):
+            results = self._patience.until(partial(self._record, kept), "sealing")
+            for (seal, _), result in zip(kept, results, strict=True):
                 done[seal.payload] = result
                 if isinstance(result, Exception):
                     refused.setdefault(seal.adapter, result)
         return [done[seal.payload] if seal.payload in done else refused[seal.adapter] for seal in seals]
+
+    def _record(self, asked: Sequence[tuple[Seal, bytes]]) -> list[Result]:
+        written = Written(self._store, {seal.payload: data for seal, data in asked})
+        return self._ledger.seal([seal for seal, _ in asked], self._actor, written.look)
 
     def _resolve(self, state: Admission, why: Exception, payloads: Sequence[str]) -> None:
         """Make the adapter ready to be sealed anew, and leave nothing in the store that no segment names."""

@@ -9,6 +9,7 @@ from riverdelta.core.errors import Conflict, RiverdeltaError
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore, state_key, weights_key
 from riverdelta.registry.ledger import Cause, Increment, Ledger, Work
+from riverdelta.registry.written import Written
 
 from .increment import Candidate
 from .metrics import Metrics
@@ -38,8 +39,7 @@ class Outcomes:
         self, work: Work, candidate: Candidate, saw: Collection[int], judged: Mapping[str, Any], seconds: float
     ) -> None:
         """Files first, then the ledger; a ledger that has moved on refuses, and the files go again."""
-        self._patiently(lambda: self._store.put(weights_key(candidate.digest), candidate.weights))
-        self._patiently(lambda: self._store.put(state_key(candidate.state_digest), candidate.state))
+        files = {weights_key(candidate.digest): candidate.weights, state_key(candidate.state_digest): candidate.state}
         increment = Increment(
             work.adapter.name,
             work.segment.number,
@@ -52,7 +52,10 @@ class Outcomes:
             {**candidate.metrics, **judged, "seconds": round(seconds, 3)},
         )
         try:
-            version = self._patiently(lambda: self._ledger.commit(increment, self._holder))
+            version = self._patiently(
+                # Another trainer's equal work has the same files, and may be refused and remove them.
+                lambda: self._ledger.commit(increment, self._holder, Written(self._store, files, shared=True).look)
+            )
         except Conflict as refused:
             log.info("Dropped %s segment %d: %s", work.adapter.name, work.segment.number, refused)
             self._metrics.outcomes.labels("refused").inc()
@@ -104,8 +107,5 @@ class Outcomes:
 
     def _remove(self, candidate: Candidate) -> None:
         # Refused work may hold what must not be kept; equal files may be an accepted version's.
-        used = self._patiently(self._ledger.digests_in_use)
-        if candidate.digest not in used:
-            self._patiently(lambda: self._store.delete(weights_key(candidate.digest)))
-        if candidate.state_digest not in used:
-            self._patiently(lambda: self._store.delete(state_key(candidate.state_digest)))
+        files = (weights_key(candidate.digest), state_key(candidate.state_digest))
+        self._patiently(lambda: self._ledger.delete_unnamed(files, self._store.delete, revoked=True))

@@ -1,7 +1,7 @@
 """Forget in the ledger: the fence's one transaction, the procedure's record, suppression and its end."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -303,10 +303,23 @@ class Forgetting(Leases):
 
     def named_objects(self) -> frozenset[str]:
         """The store's keys that a segment or a version not yet purged names."""
-        v = t.versions.c
         with self.db.read() as c:
-            payloads = set(c.execute(sa.select(t.segments.c.payload)).scalars())
-            rows = list(c.execute(sa.select(v.digest, v.state).where(v.purged.is_(False))))
+            return self._named(c)
+
+    def delete_unnamed(self, keys: Collection[str], delete: Callable[[str], None], revoked: bool = False) -> None:
+        """Delete those of the store's keys that nothing names, while nothing can come to name them. `revoked`: what
+        only revoked versions name goes too."""
+        with self.db.write() as c:
+            if not self.db.sqlite:
+                c.execute(sa.text("LOCK TABLE segments, versions IN SHARE ROW EXCLUSIVE MODE"))
+            for key in set(keys) - self._named(c, revoked):
+                delete(key)
+
+    def _named(self, c: sa.Connection, but_revoked: bool = False) -> frozenset[str]:
+        v = t.versions.c
+        payloads = set(c.execute(sa.select(t.segments.c.payload)).scalars())
+        gone = v.revoked if but_revoked else v.purged
+        rows = list(c.execute(sa.select(v.digest, v.state).where(gone.is_(False))))
         return frozenset(
             payloads | {weights_key(row.digest) for row in rows} | {state_key(row.state) for row in rows if row.state}
         )

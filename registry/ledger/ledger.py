@@ -1,6 +1,6 @@
 """The ledger: one ordered history of facts about each adapter, and the only place where an adapter's head moves."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -186,9 +186,9 @@ class Ledger(Sealing, Forgetting):
             parent = self._versions(c, adapter)[head.tip] if head.tip else None
             return Work(head, self._segment(c, adapter, number), parent)
 
-    def commit(self, increment: Increment, actor: str) -> VersionRecord:
+    def commit(self, increment: Increment, actor: str, look: Callable[[], None] | None = None) -> VersionRecord:
         """Make a candidate the adapter's next version and its release; `StaleEpoch` or `Conflict` when the ledger
-        has moved on since the work began."""
+        has moved on since the work began. `look` is called last, as in `seal`."""
         with self.db.write() as c:
             adapter = self._adapter(c, increment.adapter, lock=True)
             segment = self._segment(c, adapter.name, increment.segment)
@@ -220,6 +220,8 @@ class Ledger(Sealing, Forgetting):
             )
             c.execute(t.versions.insert().values(asdict(version)))
             self._apply(c, adapter, change, actor, "")
+            if look is not None:
+                look()
         return version
 
     def set_aside(

@@ -1,6 +1,6 @@
 """Sealing: many segments of many adapters in one transaction, read and written set by set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,10 +61,13 @@ class Seal:
 class Sealing(Journal):
     """Appending to adapters' logs."""
 
-    def seal(self, seals: Sequence[Seal], actor: str) -> list[SegmentRecord | Exception]:
+    def seal(
+        self, seals: Sequence[Seal], actor: str, look: Callable[[], None] | None = None
+    ) -> list[SegmentRecord | Exception]:
         """Append segments in one durable transaction: for each the segment, or why it was refused.
 
         Seals of one adapter build on each other in the order given: after one that is refused, so are the others.
+        `look` is called last, and nothing is recorded when it raises (see `registry.written`).
         """
         with self.db.write() as c:
             # Every transaction locks adapters by name, so that no two wait for each other.
@@ -73,6 +76,8 @@ class Sealing(Journal):
                 self._read(c, batch, names)
             done = [batch.decide(seal) for seal in seals]
             self._write(c, batch)
+            if look is not None:
+                look()
         return done
 
     def _read(self, c: sa.Connection, batch: "_Batch", names: Sequence[str]) -> None:

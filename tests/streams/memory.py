@@ -1,6 +1,6 @@
 """An in-memory ledger, store and dead-letter topic with what the dataflow uses of the real ones."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +40,11 @@ class MemoryLedger:
             raise NotFound(f"no {name}")
         return self.heads[name]
 
-    def seal(self, seals: Sequence[Seal], actor: str) -> list[SegmentRecord | Exception]:
+    def seal(
+        self, seals: Sequence[Seal], actor: str, look: Callable[[], None] | None = None
+    ) -> list[SegmentRecord | Exception]:
+        if look is not None:
+            look()  # nobody else acts meanwhile, so first is as good as last
         done: list[SegmentRecord | Exception] = []
         refusals: dict[str, Exception] = {}
         for seal in seals:
@@ -76,6 +80,11 @@ class MemoryLedger:
 
     def manifests(self, adapter: str, index: int = 0) -> list[tuple[SegmentRecord, Manifest]]:
         return [(segment, held) for segment, held in self.log[adapter] if segment.first + segment.count > index]
+
+    def delete_unnamed(self, keys: Collection[str], delete: Callable[[str], None]) -> None:
+        named = {segment.payload for log in self.log.values() for segment, _ in log}
+        for key in set(keys) - named:
+            delete(key)
 
     def move_positions(self, moves: Mapping[tuple[str, int, int], int]) -> None:
         self.places.update(moves)
@@ -144,6 +153,9 @@ class MemoryStore:
 
     def get(self, key: str) -> bytes:
         return self.objects[key]
+
+    def exists(self, key: str) -> bool:
+        return key in self.objects
 
     def delete(self, key: str) -> None:
         self.objects.pop(key, None)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from riverdelta.core.errors import Conflict
+from riverdelta.registry import written
 from riverdelta.registry.ledger import decisions
 from riverdelta.streams import admission, joining, owner, sealing
 
@@ -164,6 +165,11 @@ def _duplicates_decided_at_once(patch: Patch) -> None:
     patch.setattr(admission.Admission, "_copy", lambda self, known, entry: None)
 
 
+def _never_look(patch: Patch) -> None:
+    """What was collected while its writer slept is named all the same."""
+    patch.setattr(written.Written, "look", lambda self: None)
+
+
 PLANTED: dict[str, Callable[[Patch], None]] = {
     plant.__name__.strip("_"): plant
     for plant in (
@@ -184,5 +190,6 @@ PLANTED: dict[str, Callable[[Patch], None]] = {
         _leave_payloads,
         _old_incarnation,
         _duplicates_decided_at_once,
+        _never_look,
     )
 }

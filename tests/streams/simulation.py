@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
+from unittest.mock import patch
 
 import msgspec
 
@@ -19,6 +20,7 @@ from riverdelta.core.errors import Unavailable
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe, Seal
 from riverdelta.core.settings import Settings, Streams
+from riverdelta.registry import written
 from riverdelta.registry.ledger import Ledger
 from riverdelta.streams.intake import Intake, Read, Record
 from riverdelta.streams.items import Where
@@ -52,7 +54,7 @@ class Crash(BaseException):
 
 
 class Faulty:
-    """A ledger or store whose calls may fail, or kill their caller, before their effect or after it (a lost
+    """A ledger or store whose calls may fail, kill their caller or take long, before their effect or after it (a lost
     acknowledgement)."""
 
     def __init__(self, real: Any, world: "World") -> None:
@@ -61,7 +63,11 @@ class Faulty:
     def _fail(self, when: str) -> None:
         world = self._world
         if world.fault_rate and world.rng.random() < world.fault_rate:
-            if world.rng.random() < 0.2:
+            fault = world.rng.random()
+            if fault > 0.9 and not world.locked:
+                world.collect()
+                return
+            if fault < 0.2:
                 world.lost_payloads |= set(world.store.objects)
                 raise Crash
             raise Unavailable(when)
@@ -73,7 +79,12 @@ class Faulty:
 
         def maybe(*given: Any, **named: Any) -> Any:
             self._fail("before")
-            done = call(*given, **named)
+            world, held = self._world, self._world.locked
+            world.locked = True  # a call of the store in one of the ledger is made while that is held
+            try:
+                done = call(*given, **named)
+            finally:
+                world.locked = held
             self._fail("after")
             return done
 
@@ -120,6 +131,7 @@ class World:
     now: float = 0.0
     fault_rate: float = 0.0
     window: int = 10_000
+    locked: bool = False
 
     def settings(self) -> Settings:
         streams = Streams(buckets=BUCKETS, unknown_adapters="create", dedupe_window=self.window, join_seconds=1e9)
@@ -140,6 +152,11 @@ class World:
         """Delete the topic and make it again: offsets start at 0, under another id."""
         self.run = f"run-{int(self.run[4:]) + 1}"
         self.parts = {part: [] for part in range(2)}
+
+    def collect(self) -> None:
+        """Everybody else sleeps for so long that what nothing names counts as left over."""
+        self.now += 40.0
+        self.ledger.delete_unnamed(list(self.store.objects), self.store.delete)
 
     def forget(self, subject: str, digests: tuple[str, ...] = ()) -> None:
         self.ledger.forget(KEY.subject(subject), ADAPTERS, digests)
@@ -214,7 +231,11 @@ def recipe(rng: random.Random) -> Recipe:
 
 def simulate(seed: int, joins: bool = True, forgets: bool = True, world: World | None = None) -> World:
     """Run one schedule to its end; the world as it is after a fresh session has read everything."""
-    rng = random.Random(seed)
+    with patch.object(written, "SURE_SECONDS", 0.0):  # the clock here is the world's
+        return _simulate(random.Random(seed), joins, forgets, world)
+
+
+def _simulate(rng: random.Random, joins: bool, forgets: bool, world: World | None) -> World:
     world = world or World(rng)
     world.rng, world.fault_rate = rng, rng.choice([0.0, 0.0, 0.05])
     for name in ADAPTERS[: rng.randrange(4)]:

@@ -1,5 +1,6 @@
 """The worker on a real ledger: work becomes versions, and what a forget or a rollback overtakes is refused."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -81,14 +82,14 @@ def test_a_candidate_finished_after_a_forget_is_refused_and_removed(
     stack.create("acme", recipe())
     stack.seal("acme", [fact(1), fact(2)], ["ann", "bob"])
     trainer = worker(stack, base)
-    put = stack.store.put
+    put = stack.store.put_all
 
-    def forget_first(key: str, data: bytes) -> None:
+    def forget_first(files: Mapping[str, bytes]) -> None:
         if not stack.ledger.forgets():
             stack.forget("acme", "ann")
-        put(key, data)
+        put(files)
 
-    monkeypatch.setattr(stack.store, "put", forget_first)
+    monkeypatch.setattr(stack.store, "put_all", forget_first)
     while not stack.ledger.forgets():
         trainer.turn()
     assert stack.ledger.versions("acme") == {}
