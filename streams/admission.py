@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from riverdelta.registry.ledger import Manifest, ManifestEntry
 
-from .items import FEEDBACK, Item, Where
+from .items import FEEDBACK, INTERACTION, Item, Where
 from .joining import Joins, compose
 
 # What became of an event.
@@ -173,7 +173,7 @@ class Admission:
         if not self.suppressed.isdisjoint(item.subjects):
             item = replace(item, content=None, raw=None)
         verdicts = []
-        for key, interaction, feedback in self.joins.meet(item, fresh, at, age):
+        for key, interaction, feedback, copies in self.joins.meet(item, fresh, at, age):
             other = feedback if key is interaction else interaction
             subjects = tuple(sorted({*interaction.subjects, *feedback.subjects}))
             content, written_by = None, ""
@@ -182,7 +182,10 @@ class Admission:
                 written_by = interaction.digest if by_model else ""
             partner = (other.where, other.offset)
             entry = OpenEntry(key.where, key.offset, feedback.event, subjects, content, written_by, at, partner)
+            entry.copies = _lowest([place for place in copies if place[1] >= self._consumed.get(place[0], 0)], {})
             verdicts.append(self._append(entry))
+        if fresh and item.kind == INTERACTION:
+            self._meet_again(item)
         return verdicts or [WAITING if fresh else REDELIVERED]
 
     def readmit(self, other: "Admission") -> int:
@@ -220,18 +223,31 @@ class Admission:
             entry.content = None
         self.open.append(entry)
         self._hold(entry)
-        self._pass(entry)
+        self._pass([(entry.where, entry.offset), *entry.copies.items()])
         return SUPPRESSED if entry.content is None else ADMITTED
 
     def _copy(self, known: OpenEntry, entry: OpenEntry) -> None:
         """Keep an open entry's duplicate readable and undecided for as long as the entry is open."""
         known.copies = _lowest([(entry.where, entry.offset), *entry.copies.items()], known.copies)
         known.partners = _lowest([*([entry.partner] if entry.partner else ()), *entry.partners.items()], known.partners)
-        self._pass(entry)
+        self._pass([(entry.where, entry.offset), *entry.copies.items()])
         self._hold(known)
 
-    def _pass(self, entry: OpenEntry) -> None:
-        for where, offset in ((entry.where, entry.offset), *entry.copies.items()):
+    def _meet_again(self, item: Item) -> None:
+        """Keep an interaction that was sent again undecided while what was learned of it is open: if both of a pair
+        count as decided, so does the pair."""
+        place, known = (item.where, item.offset), self.joins.known(item.response)
+        if known == place:
+            return
+        pairs = [entry for entry in self.open if known in ((entry.where, entry.offset), entry.partner)]
+        for entry in pairs:
+            entry.copies = _lowest([place], entry.copies)
+            self._hold(entry)
+        if pairs:
+            self._pass([place])
+
+    def _pass(self, places: Iterable[tuple[Where, int]]) -> None:
+        for where, offset in places:
             if offset <= self._last.get(where, -1):
                 self._ordered = False
             self._last[where] = offset

@@ -27,11 +27,13 @@ class Waiting(Struct):
 
 
 class Meeting(NamedTuple):
-    """An interaction and its feedback. `decided_by` is the one of them that the entry takes its identity from."""
+    """An interaction and its feedback. `decided_by` is the one of them that the entry takes its identity from, `copies`
+    are the places of the interaction sent again."""
 
     decided_by: Item
     interaction: Item
     feedback: Item
+    copies: list[tuple[Where, int]]
 
 
 class Joins:
@@ -66,10 +68,15 @@ class Joins:
             self._hold(item.where, item.offset)
             pairs = []
         return [
-            Meeting(_decider(item, interaction, feedback), interaction.item, feedback.item)
+            Meeting(_decider(item, interaction, feedback), interaction.item, feedback.item, interaction.copies)
             for interaction, feedback in pairs
             if interaction.fresh or feedback.fresh
         ]
+
+    def known(self, response: bytes) -> tuple[Where, int] | None:
+        """The place of the interaction that waits with this response."""
+        waiting = self._interactions.get(response)
+        return (waiting.item.where, waiting.item.offset) if waiting else None
 
     def expire(self, at: float) -> list[Waiting]:
         """Remove and return what has waited too long, or is beyond the limit."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,6 +75,24 @@ def test_both_of_a_duplicate_pair_stay_readable_while_the_first_is_open() -> Non
     asked = Item(INTERACTION, "ada", P0, 1, b"", (), b'{"prompt":"q","completion":"a"}', None, b"r", "d")
     assert state.join(asked, 0.0, 0.0) == [ADMITTED, DUPLICATE]
     assert (state.floor(P0), state.floor(P1)) == (1, 4)
+
+
+@pytest.mark.parametrize("copy_first", [False, True])
+def test_an_interaction_sent_again_stays_undecided_while_its_pair_is_open(copy_first: bool) -> None:
+    # Else both events of a pair would count as decided after a crash, and nobody would make an entry of them.
+    state = fresh(count=2, consumed={P0: 12})
+    for offset in range(2):
+        state.admit(example(offset, P1), 0.0)
+    said = b'{"prompt":"q","completion":"a"}'
+    asked, again = (Item(INTERACTION, "ada", *place, b"", (), said, None, b"r", "d") for place in ((P1, 2), (P0, 12)))
+    told = Item(FEEDBACK, "ada", P0, 11, b"lesson", (), b'{"rating":1}', None, b"r")  # decided before
+    order = [asked, again, told] if copy_first else [asked, told, again]
+    assert [verdict for item in order for verdict in state.join(item, 0.0, 0.0)].count(ADMITTED) == 1
+    (draft,) = state.cut(0.0, {P0: 12, P1: 3})
+    assert draft.consumed == {P1: (0, 2)}
+    state.settle(draft)
+    (pair,) = state.cut(9.0, {P0: 13, P1: 3})
+    assert pair.consumed == {P0: (12, 13), P1: (2, 3)}
 
 
 def test_what_is_forgotten_takes_its_index_and_says_nothing() -> None:
