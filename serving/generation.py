@@ -237,7 +237,8 @@ class Generator:
                         digest=digest,
                         sampling=replace(sampling, seed=seed),
                         cache_salt=caller.name,
-                        fairness_key=f"{caller.name}/{bound.adapter or ''}",
+                        tenant=caller.name,
+                        fairness_key=bound.adapter or "",
                     )
                     answer.handles.append(self.engine.submit(request))
                     answer.choices.append(

@@ -26,7 +26,6 @@ class EngineConfig:
     max_rank: int = 64
     host_adapter_bytes: int = 4 << 30
     max_queue: int = 1024
-    max_queue_per_key: int = 512
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cpu_backend: str = "auto"

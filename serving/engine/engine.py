@@ -168,6 +168,7 @@ class Engine:
         )
         seq = Sequence(
             request_id=request.request_id,
+            tenant=request.tenant,
             key=request.fairness_key,
             digest=request.digest,
             salt=request.cache_salt,
@@ -198,7 +199,7 @@ class Engine:
                 "healthy": self._running,
                 "halted": self._halted,
                 "running": len(self._scheduler.running),
-                "waiting": self._scheduler.queued(),
+                "waiting": self._scheduler.queued,
                 "preemptions": self._scheduler.preemptions,
                 "kv_blocks": {
                     "total": self._pool.num_blocks,
@@ -223,8 +224,7 @@ class Engine:
             if self._halted:
                 raise AdaptersHalted("This server may not serve adapters for now.", "Try again, or ask for base.")
             self._weights.check_servable(request.digest)
-        queued = self._scheduler.queued
-        if queued() >= self.config.max_queue or queued(request.fairness_key) >= self.config.max_queue_per_key:
+        if not self._scheduler.has_room(request.tenant, request.fairness_key):
             raise QueueFull("Too many requests are waiting.", "Try again later.")
 
     def _cancel(self, request_id: str) -> None:

@@ -61,7 +61,7 @@ def _run(
     for n in which:
         tokens = [(7919 * n + 31 * i) % model.vocab_size for i in range(lengths[n])]
         digest = str(n % adapters) if n % 4 else None
-        scheduler.add(Sequence(str(n), "", digest, str(n), tokens, len(tokens)))
+        scheduler.add(Sequence(str(n), "", "", digest, str(n), tokens, len(tokens)))
     found: dict[tuple[int, int], Tensor] = {}
     while work := scheduler.plan():
         model.cache.zero(pool.drain_fresh())

@@ -65,14 +65,15 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """One prompt for one version's weights (`digest`; None is the base). Sequences of equal `fairness_key` share
-    its turn; `cache_salt` keeps prefixes from being shared with requests of another salt."""
+    """One prompt for one version's weights (`digest`; None is the base). Tenants share the engine, and a
+    tenant's `fairness_key`s its share; `cache_salt` keeps prefixes from being shared with requests of another salt."""
 
     request_id: str
     prompt_ids: tuple[int, ...] | list[int]
     digest: str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: str = ""
+    tenant: str = ""
     fairness_key: str = ""
 
     def check(self, vocab_size: int, max_model_len: int) -> None:

@@ -2,10 +2,12 @@
 
 Iteration-level scheduling after Orca (Yu et al. 2022), chunked prefill after Sarathi (Agrawal et al. 2023),
 fairness by virtual token counters (Sheng et al. 2024): each key pays for the tokens it is served, the key that
-paid least is admitted first, and a key that was idle starts level with the poorest active one.
+paid least is admitted first, and a key that was idle starts level with the poorest active one. Keys belong to tenants,
+who pay likewise and come first: many keys give nobody more than one share.
 """
 
 from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import count
@@ -16,6 +18,7 @@ from .slots import SlotTable
 
 # What a token costs its key: an answer's token takes a step of its own, a prompt's tokens share one.
 PROMPT_COST, ANSWER_COST = 1, 2
+Key = tuple[str, str]  # tenant and key
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Limits:
     max_batch: int
     block_size: int
     prefill_chunk: int
+    max_queue: int = 1024
     prefix_cache: bool = True
     # Chunk boundaries and cached content depend on the sequence alone, so its bits can too.
     fixed_chunks: bool = False
@@ -33,7 +37,12 @@ class Limits:
     def of(cls, config: EngineConfig) -> "Limits":
         """The limits that `config` sets."""
         return cls(
-            config.max_batch, config.block_size, config.prefill_chunk, config.prefix_cache, config.batch_invariant
+            config.max_batch,
+            config.block_size,
+            config.prefill_chunk,
+            config.max_queue,
+            config.prefix_cache,
+            config.batch_invariant,
         )
 
 
@@ -42,6 +51,7 @@ class Sequence:
     """One request's tokens and what of them is in the cache. The scheduler owns every field but `tokens`."""
 
     request_id: str
+    tenant: str
     key: str
     digest: str | None
     salt: str
@@ -51,11 +61,17 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     cached_tokens: int | None = None
+    paid: int = 0
     running: bool = False
     holds_slot: bool = False
     arrival: int = 0
     admitted: int = 0
     preemptions: int = 0
+
+    @property
+    def owner(self) -> Key:
+        """Who pays for it."""
+        return self.tenant, self.key
 
     @property
     def answer_len(self) -> int:
@@ -80,19 +96,25 @@ class Scheduler:
         self.limits = limits
         self.pool = pool
         self.slots = slots
-        self.waiting: dict[str, deque[Sequence]] = {}
+        self.waiting: dict[Key, deque[Sequence]] = {}
         self.running: list[Sequence] = []
-        self.paid: dict[str, int] = {}
+        self.paid: dict[Key, int] = {}
+        self.paid_by_tenant: dict[str, int] = {}
         self.preemptions = 0
         self._clock = count()
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence behind the others of its key."""
-        if not self._active(seq.key):
-            floor = min((self.paid[k] for k in self._active_keys()), default=0)
-            self.paid[seq.key] = max(self.paid.get(seq.key, 0), floor)
+        active = self._active_keys()
+        tenants = {tenant for tenant, _ in active}
+        if seq.tenant not in tenants:
+            floor = min((self.paid_by_tenant[t] for t in tenants), default=0)
+            self.paid_by_tenant[seq.tenant] = max(self.paid_by_tenant.get(seq.tenant, 0), floor)
+        if seq.owner not in active:
+            floor = min((self.paid[k] for k in active if k[0] == seq.tenant), default=0)
+            self.paid[seq.owner] = max(self.paid.get(seq.owner, 0), floor)
         seq.arrival = next(self._clock)
-        self.waiting.setdefault(seq.key, deque()).append(seq)
+        self.waiting.setdefault(seq.owner, deque()).append(seq)
 
     def plan(self) -> list[Work]:
         """The next step's work: one token of every decoding sequence and chunks of prompts, at most one Work
@@ -100,7 +122,7 @@ class Scheduler:
         self._admit()
         work = []
         budget = self.limits.prefill_chunk
-        for seq in sorted(self.running, key=lambda s: (self.paid[s.key], s.admitted)):
+        for seq in sorted(self.running, key=self._standing):
             if not seq.running:
                 continue  # preempted for one before it
             left = len(seq.tokens) - seq.computed
@@ -118,8 +140,9 @@ class Scheduler:
             if not seq.running:
                 continue  # cut while the step ran
             seq.computed = item.start + item.count
-            if item.samples:
-                self.paid[seq.key] += ANSWER_COST
+            prompt = min(seq.computed, seq.prompt_len)
+            self._pay(seq, PROMPT_COST * max(0, prompt - seq.paid) + ANSWER_COST * item.samples)
+            seq.paid = max(seq.paid, prompt)  # what is computed again is not paid for again
             self._publish(seq)
 
     def finish(self, seq: Sequence) -> None:
@@ -127,90 +150,111 @@ class Scheduler:
         if seq.running:
             self.running.remove(seq)
             self._give_back(seq)
-        elif seq in self.waiting.get(seq.key, ()):
-            self.waiting[seq.key].remove(seq)
-        if seq.holds_slot and seq.digest is not None:
-            self.slots.release(seq.digest)
-            seq.holds_slot = False
-        if not self.waiting.get(seq.key, True):
-            del self.waiting[seq.key]
+        elif seq in self.waiting.get(seq.owner, ()):
+            self._unqueue(seq)
+        self._let_slot_go(seq)
         self._prune()
 
-    def queued(self, key: str | None = None) -> int:
-        """Sequences that wait, of one key or of all."""
-        if key is not None:
-            return len(self.waiting.get(key, ()))
-        return sum(len(q) for q in self.waiting.values())
+    @property
+    def queued(self) -> int:
+        """Sequences that wait."""
+        return sum(map(len, self.waiting.values()))
+
+    def has_room(self, tenant: str, key: str) -> bool:
+        """Whether one more sequence may wait. A key may have twice as many in the queue as there are places left, a
+        tenant four times as many (dynamic thresholds, Choudhury & Hahne 1998): who floods it leaves room for others."""
+        left = self.limits.max_queue - self.queued
+        of_tenant = sum(len(q) for (owner, _), q in self.waiting.items() if owner == tenant)
+        return len(self.waiting.get((tenant, key), ())) < 2 * left and of_tenant < 4 * left
 
     # Admission
 
     def _admit(self) -> None:
         self._prefetch()
         while True:
-            victim = self._over_share() if len(self.running) >= self.limits.max_batch else None
-            if victim is None and len(self.running) >= self.limits.max_batch:
-                return
-            seq = self._next(below_share=victim is not None)
+            seq, victim = self._next()
             if seq is None:
                 return
-            shared = self._match(seq)
-            fresh = -(-len(seq.tokens) // self.limits.block_size) - len(shared)
             if victim is not None:
                 self._preempt(victim)
-            blocks = self.pool.take(shared, fresh, seq.digest)
-            if blocks is None:
-                return  # in turn: a short one must not overtake it for ever
+            shared = self._match(seq)
+            fresh = -(-len(seq.tokens) // self.limits.block_size) - len(shared)
+            while (blocks := self.pool.take(shared, fresh, seq.digest)) is None:
+                victim = self._over_share(seq, len(shared) + fresh, self.pool.num_blocks, lambda s: len(s.blocks))
+                if victim is None:
+                    return  # in turn: a short one must not overtake it for ever
+                self._preempt(victim)
             self._start(seq, blocks, len(shared) * self.limits.block_size)
 
     def _start(self, seq: Sequence, blocks: list[int], cached: int) -> None:
-        self.waiting[seq.key].remove(seq)
-        if not self.waiting[seq.key]:
-            del self.waiting[seq.key]
+        self._unqueue(seq)
         seq.blocks, seq.computed, seq.running = blocks, cached, True
         seq.admitted = next(self._clock)
         if seq.cached_tokens is None:
-            seq.cached_tokens = cached
-            self.paid[seq.key] += PROMPT_COST * (seq.prompt_len - cached)
+            seq.cached_tokens = seq.paid = cached
         self.running.append(seq)
 
     def _prefetch(self) -> None:
         """Ask slots for the adapters of those that are next in turn."""
-        wanted = self.limits.max_batch
-        for key in sorted(self.waiting, key=self._turn):
-            for seq in self.waiting[key]:
-                if wanted == 0:
-                    return
-                wanted -= 1
-                if seq.digest is not None and not seq.holds_slot:
-                    seq.holds_slot = self.slots.acquire(seq.digest)
-
-    def _next(self, below_share: bool) -> Sequence | None:
-        """The first sequence whose weights are there, of the key that paid least (and has less than its share)."""
-        held, share = self._held(), self._share() if below_share else float("inf")
-        for key in sorted(self.waiting, key=self._turn):
-            if held[key] + 1 > share:
+        order = list(self._in_turn())
+        for at, seq in enumerate(order[: self.limits.max_batch]):
+            if seq.digest is None or seq.holds_slot:
                 continue
-            for seq in self.waiting[key]:
+            behind = (s for s in reversed(order[at + 1 :]) if s.holds_slot)
+            while not (held := self.slots.acquire(seq.digest)):
+                last = next(behind, None)
+                if last is None:
+                    break
+                self._let_slot_go(last)
+            seq.holds_slot = held
+
+    def _in_turn(self) -> Iterator[Sequence]:
+        for owner in self._owners_in_turn():
+            yield from self.waiting[owner]
+
+    def _owners_in_turn(self) -> list[Key]:
+        """Who waits: the tenant, and of a tenant the key, that paid least first. What was admitted counts as paid."""
+        by_tenant, by_key = Counter(self.paid_by_tenant), Counter(self.paid)
+        for seq in self.running:
+            owed = PROMPT_COST * (seq.prompt_len - seq.paid)
+            by_tenant[seq.tenant] += owed
+            by_key[seq.owner] += owed
+        return sorted(self.waiting, key=lambda k: (by_tenant[k[0]], by_key[k], self.waiting[k][0].arrival))
+
+    def _next(self) -> tuple[Sequence | None, Sequence | None]:
+        """Whom to admit, and whom to preempt for it where the batch is full: the first in turn whose weights are there,
+        and, of a full batch, whose tenant and key have less than their share."""
+        full = len(self.running) >= self.limits.max_batch
+        for owner in self._owners_in_turn():
+            for seq in self.waiting[owner]:
                 if seq.digest is None or (seq.holds_slot and self.slots.ready(seq.digest)):
-                    return seq
-        return None
+                    victim = self._over_share(seq, 1, self.limits.max_batch, lambda _: 1) if full else None
+                    if victim is not None or not full:
+                        return seq, victim
+                    break  # the next of this key have no better claim
+        return None, None
 
-    def _turn(self, key: str) -> tuple[int, int]:
-        return self.paid[key], self.waiting[key][0].arrival
-
-    def _over_share(self) -> Sequence | None:
-        """Whom a key below its share may displace: the youngest of the key that is furthest above its own."""
-        held = self._held()
-        richest = max(held, key=lambda k: (held[k], self.paid[k]))
-        if held[richest] - 1 < self._share():
+    def _over_share(self, seq: Sequence, need: int, total: int, weight: Callable[[Sequence], int]) -> Sequence | None:
+        """Whom `seq` may displace to get `need` of a `total` of which each running sequence has its `weight`: the
+        youngest of the tenant, or else of the tenant's own key, that has most and more than its share, if `seq`
+        stays within its own."""
+        active = self._active_keys()
+        by_tenant: Counter[str] = Counter()
+        by_key: Counter[Key] = Counter()
+        for s in self.running:
+            by_tenant[s.tenant] += weight(s)
+            by_key[s.owner] += weight(s)
+        share = total / len({tenant for tenant, _ in active})
+        richest = max(by_tenant, key=lambda t: (by_tenant[t], self.paid_by_tenant[t]), default=seq.tenant)
+        if by_tenant[seq.tenant] + need > share or by_tenant[richest] <= share:
+            richest = seq.tenant
+            share = by_tenant[seq.tenant] / len([k for k in active if k[0] == seq.tenant])
+            if by_key[seq.owner] + need > share:
+                return None
+        key = max((k for k in by_key if k[0] == richest), key=lambda k: (by_key[k], self.paid[k]), default=None)
+        if key is None or (richest == seq.tenant and by_key[key] <= share):
             return None
-        return max((s for s in self.running if s.key == richest), key=lambda s: s.admitted)
-
-    def _held(self) -> Counter[str]:
-        return Counter(s.key for s in self.running)
-
-    def _share(self) -> float:
-        return self.limits.max_batch / max(1, len(self._active_keys()))
+        return max((s for s in self.running if s.owner == key), key=lambda s: s.admitted)
 
     # Blocks
 
@@ -229,7 +273,7 @@ class Scheduler:
             if taken is not None:
                 seq.blocks += taken
                 continue
-            victim = max(self.running, key=lambda s: (self.paid[s.key], s.admitted))
+            victim = max(self.running, key=self._standing)
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -241,7 +285,7 @@ class Scheduler:
         self._give_back(seq)
         seq.preemptions += 1
         self.preemptions += 1
-        self.waiting.setdefault(seq.key, deque()).appendleft(seq)
+        self.waiting.setdefault(seq.owner, deque()).appendleft(seq)
 
     def _give_back(self, seq: Sequence) -> None:
         self.pool.release(seq.blocks)
@@ -277,17 +321,40 @@ class Scheduler:
     def _name_blocks(self, seq: Sequence) -> None:
         extend_keys(seq.block_keys, root_key(seq.digest, seq.salt), seq.tokens, self.limits.block_size)
 
-    # Keys
+    # Queues and keys
 
-    def _active(self, key: str) -> bool:
-        return key in self.waiting or any(s.key == key for s in self.running)
+    def _unqueue(self, seq: Sequence) -> None:
+        queue = self.waiting[seq.owner]
+        queue.remove(seq)
+        if not queue:
+            del self.waiting[seq.owner]
 
-    def _active_keys(self) -> set[str]:
-        return self.waiting.keys() | {s.key for s in self.running}
+    def _let_slot_go(self, seq: Sequence) -> None:
+        if seq.holds_slot and seq.digest is not None:
+            self.slots.release(seq.digest)
+            seq.holds_slot = False
+
+    def _pay(self, seq: Sequence, cost: int) -> None:
+        self.paid[seq.owner] += cost
+        self.paid_by_tenant[seq.tenant] += cost
+
+    def _standing(self, seq: Sequence) -> tuple[int, int, int]:
+        return self.paid_by_tenant[seq.tenant], self.paid[seq.owner], seq.admitted
+
+    def _active_keys(self) -> set[Key]:
+        return self.waiting.keys() | {s.owner for s in self.running}
 
     def _prune(self) -> None:
-        """Forget idle keys whose account no longer sets them back."""
+        """Forget idle keys and tenants whose account no longer sets them back."""
         active = self._active_keys()
-        floor = min((self.paid[k] for k in active), default=None)
-        for key in [k for k in self.paid if k not in active and (floor is None or self.paid[k] <= floor)]:
-            del self.paid[key]
+        tenants = {tenant for tenant, _ in active}
+        least = min((self.paid_by_tenant[t] for t in tenants), default=None)
+        for tenant in [t for t, paid in self.paid_by_tenant.items() if t not in tenants]:
+            if least is None or self.paid_by_tenant[tenant] <= least:
+                del self.paid_by_tenant[tenant]
+        floors: dict[str, int] = {}
+        for key in active:
+            floors[key[0]] = min(self.paid[key], floors.get(key[0], self.paid[key]))
+        for key in [k for k in self.paid if k not in active]:
+            if self.paid[key] <= floors.get(key[0], self.paid[key]):
+                del self.paid[key]

@@ -248,7 +248,7 @@ def test_text_stop_strings_eos_and_logprobs(engines):
 
 
 def test_what_cannot_be_served_is_refused_with_the_reason(engines):
-    engine = engines(max_queue_per_key=0)
+    engine = engines(max_queue=0)
     with pytest.raises(PromptTooLong, match="exceed 96"):
         Asker(engine).submit([5] * 90)
     with pytest.raises(InvalidRequest, match="empty"):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ class World:
         self.served: Counter[str] = Counter()
 
     def add(self, name: str, key: str, digest: str | None, prompt: list[int], answer: int) -> None:
-        seq = Sequence(name, key, digest, "", list(prompt), len(prompt))
+        seq = Sequence(name, key.partition("/")[0], key, digest, "", list(prompt), len(prompt))
         self.wanted[name] = answer
         self.live[name] = seq
         self.scheduler.add(seq)
@@ -51,7 +52,7 @@ class World:
         for w in work:
             if w.samples:
                 w.seq.tokens.append(sum(w.seq.tokens) % 3)
-                self.served[w.seq.key] += 1
+                self.served[w.seq.tenant] += 1
                 if w.seq.answer_len == self.wanted[w.seq.request_id]:
                     self.end(w.seq.request_id)
         return bool(work)
@@ -82,11 +83,12 @@ class World:
         assert not self.scheduler.running
         assert not self.scheduler.waiting
         assert not self.scheduler.paid
+        assert not self.scheduler.paid_by_tenant
 
 
 requests = st.lists(
     st.tuples(
-        st.sampled_from("xyz"),
+        st.sampled_from(["x", "y/1", "y/2"]),
         st.sampled_from([None, "a", "b", "c"]),
         st.integers(0, 2).flatmap(lambda t: st.lists(st.integers(t, 2), min_size=1, max_size=24)),
         st.integers(1, 12),
@@ -108,7 +110,7 @@ requests = st.lists(
     st.booleans(),
 )
 def test_every_request_ends_and_nothing_leaks(traffic, batch, blocks, slots, chunk, cache, fixed):
-    world = World(Limits(batch, BLOCK, chunk, cache, fixed), blocks, slots)
+    world = World(Limits(batch, BLOCK, chunk, prefix_cache=cache, fixed_chunks=fixed), blocks, slots)
     for n, (key, digest, prompt, answer, steps, cancel) in enumerate(traffic):
         world.add(str(n), key, digest, prompt, answer)
         for _ in range(steps):
@@ -138,6 +140,60 @@ def test_a_flooding_key_takes_no_more_than_its_share(batch, flood, long, short):
     for _ in range(short + batch):
         world.step()
     assert not any(name.startswith("v") for name in world.live)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(2, 6),
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(0, 60),
+    st.booleans(),
+)
+def test_a_flood_does_not_delay_anothers_first_token(half, flood, adapters, prompt, answer, warm, weights):
+    """Whatever one tenant asks for, requests, adapters, tokens, blocks: another's within its share start at once."""
+    batch, chunk, longest = 2 * half, 16, 80
+    # Blocks for half a batch of the longest: the flood alone would hold them all.
+    world = World(Limits(batch, BLOCK, chunk), half * longest // BLOCK, batch + half)
+    for n in range(flood):
+        digest = f"d{n % adapters}" if weights else None
+        world.add(f"f{n}", f"flood/{n % adapters}", digest, [n % 3] * prompt, answer)
+    for _ in range(warm):
+        world.step()
+    for n in range(half // 2 or 1):
+        world.add(f"v{n}", "victim", "v" if weights else None, [1, 2] * 4, 1)
+    # A step to bring its weights, one in which the flood comes first, and one for every two of its own prompts.
+    for _ in range(2 + -(-(half // 2 or 1) // 2)):
+        world.step()
+    assert not any(name.startswith("v") for name in world.live)
+
+
+def test_many_keys_give_a_tenant_one_share():
+    world = World(Limits(8, BLOCK, 64), 400, 1)
+    for n in range(64):
+        world.add(f"f{n}", f"flood/{n}", None, [n % 3] * 4, 400)
+        world.add(f"v{n}", "victim", None, [n % 3] * 4, 400)
+    for _ in range(200):
+        world.step()
+    assert world.served["victim"] == pytest.approx(world.served["flood"], rel=0.1)
+
+
+def test_a_flooded_queue_has_room_for_others():
+    world = World(Limits(2, BLOCK, 64, max_queue=90), 400, 1)
+
+    def fill(key):
+        tenant = key.partition("/")[0]
+        for n in range(90):
+            if not world.scheduler.has_room(tenant, key):
+                return n
+            world.add(f"{key}{n}", key, None, [1], 1)
+        raise AssertionError("nothing is left")
+
+    assert fill("flood/1") == 60
+    assert 5 <= fill("flood/2") < 60
+    assert fill("victim/1") >= 5
 
 
 def test_a_preempted_sequence_resumes_from_the_cache():
