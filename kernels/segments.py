@@ -39,8 +39,8 @@ class Segments:
     ) -> Segments:
         """`runs`: (slot, number of rows) in row order.
 
-        `capacity`: row tiles to hold, by default what `runs` needs. `exact`: let no row's bits depend on its batch
-        mates on a CPU either, at some cost (on a GPU they never do).
+        `capacity`: row tiles to hold, by default what `runs` needs. `exact`: let no row's bits depend on other runs on
+        a CPU either, at some cost (on a GPU they depend on no other row).
         """
         needed = sum(-(-rows // TILE_ROWS) for slot, rows in runs if slot >= 0)
         segments = cls(device, needed if capacity is None else capacity, exact)

@@ -55,7 +55,8 @@ def build_step(work: Sequence[Work], slots: SlotTable, cache: KVCache, exact: bo
             seen = _flat(blocks, item.start + item.count, size, device)
             chunks.append(Chunk(first, item.count, item.start, seen))
         at = slot(item)
-        if runs and runs[-1][0] == at:
+        # On a CPU a row's bits can depend on its place in its run: exact, each sequence is a run of its own.
+        if runs and runs[-1][0] == at and not (exact and device.type == "cpu"):
             runs[-1] = (at, runs[-1][1] + item.count)
         else:
             runs.append((at, item.count))
