@@ -137,7 +137,7 @@ def run_full(servers: str, topic: str, events: int, adapters: int, partitions: i
             streams=Streams(unknown_adapters="refuse"),
         )
         ledger = Ledger.open(settings.ledger_url)
-        recipe = Recipe.from_dict({"seal": {"count": PER_SEGMENT, "age": 3600.0}})
+        recipe = Recipe.from_dict({"seal": {"count": PER_SEGMENT, "age": 3600.0, "linger": 3600.0}})
         for number in range(adapters):
             ledger.create(f"a{number}", recipe, "bench")
 

@@ -50,10 +50,12 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Seal(Struct, frozen=True, forbid_unknown_fields=True):
-    """A segment is sealed at `count` entries, or when its oldest open entry is `age` seconds old."""
+    """A segment is sealed at `count` entries, or when its oldest open entry is `age` seconds old; while nothing of the
+    adapter waits to be learned, when it is `linger` seconds old (as Nagle's algorithm: small ones, but never two)."""
 
     count: Annotated[int, Meta(ge=1, le=100_000)] = 64
     age: Annotated[float, Meta(gt=0)] = 5.0
+    linger: Annotated[float, Meta(ge=0)] = 0.2
 
 
 class Question(Struct, frozen=True, forbid_unknown_fields=True):

@@ -115,6 +115,7 @@ class Admission:
         next_segment: int,
         count: int,
         age: float,
+        linger: float,
         dedupe: int,
         consumed: Mapping[Where, int],
         suppressed: frozenset[str],
@@ -132,6 +133,7 @@ class Admission:
         self.joins = joins
         self._count = count
         self._age = age
+        self._linger = linger
         self._dedupe = dedupe
         self._revoked = revoked
         self._window = {event: index for index, event in recent if event}
@@ -263,6 +265,10 @@ class Admission:
         return not self.suppressed.isdisjoint(entry.subjects) or entry.written_by in self._revoked
 
     # -- segments ------------------------------------------------------------------------------------------------
+
+    def lingers(self, at: float) -> bool:
+        """Whether what is open is due as soon as nothing of the adapter waits to be learned."""
+        return bool(self.open) and self._linger <= at - self.open[0].arrived < self._age
 
     def cut(self, at: float, reached: Mapping[Where, int], trigger: str = "") -> list[Draft]:
         """The segments that are due: full ones, and what is left if its oldest entry is old or `trigger` names why.

@@ -160,6 +160,7 @@ class Owner:
             next_segment=head.next_segment,
             count=seal.count,
             age=seal.age,
+            linger=seal.linger,
             dedupe=self._settings.dedupe_window,
             consumed=self._ledger.consumed(name),
             suppressed=suppressed,

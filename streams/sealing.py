@@ -5,6 +5,7 @@ stay in the dataflow's thread: drafts before, what became of them after (`land`)
 """
 
 import logging
+import random
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
@@ -23,6 +24,8 @@ from .patience import Patience
 
 log = logging.getLogger(__name__)
 _AT_ONCE = 128  # seals in a transaction: others wait for the ledger's write lock meanwhile
+_LOOK_SECONDS = 0.05  # between two looks at what still waits to be learned
+_LOOKED_AT = 500  # adapters at a look
 _OPEN_AT_MOST = 250_000  # entries; then the dataflow waits for the batch under way
 
 Due = list[tuple[Admission, Draft]]
@@ -52,6 +55,7 @@ class Sealer:
         self._wake = wake
         self._actor = actor
         self._thread = thread
+        self._look_at = float("-inf")
         self._flight: tuple[Due, list[Seal], Future[list[Result]]] | None = None
 
     def seal_due(self, at: float, trigger: str = "") -> None:
@@ -61,15 +65,31 @@ class Sealer:
             if not (trigger or self._flight[2].done() or self._owner.count_open() > _OPEN_AT_MOST):
                 return
             self.land()
+        idle = set() if trigger else self._idle(at)
         due = [
             (state, draft)
             for bucket in self._owner.buckets.values()
             for state in bucket.busy.values()
-            for draft in state.cut(at, bucket.reached, trigger)
+            for draft in state.cut(at, bucket.reached, "linger" if state.name in idle else trigger)
         ]
         if due:
             seals, payloads = self._prepare([draft for _, draft in due])
             self._flight = due, seals, self._thread.submit(self._send, seals, payloads)
+
+    def _idle(self, at: float) -> set[str]:
+        """The adapters with open entries that linger, and nothing that waits to be learned; some at a time."""
+        if at < self._look_at:
+            return set()
+        lingering = [
+            state.name for bucket in self._owner.buckets.values() for state in bucket.busy.values() if state.lingers(at)
+        ]
+        if not lingering:
+            return set()
+        self._look_at = at + _LOOK_SECONDS
+        if len(lingering) > _LOOKED_AT:
+            lingering = random.sample(lingering, _LOOKED_AT)
+        behind = self._patience.until(lambda: self._ledger.behind(lingering), "reading the ledger")
+        return set(lingering) - behind
 
     def land(self) -> None:
         """Wait for the batch under way, and let its adapters know what became of it."""

@@ -1,6 +1,6 @@
 """The ledger: one ordered history of facts about each adapter, and the only place where an adapter's head moves."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -157,6 +157,15 @@ class Ledger(Sealing, Forgetting):
         with self.db.read() as c:
             rows = c.execute(query.order_by(sa.func.min(s.sealed_at), s.adapter))
             return [(name, number) for name, number in rows]
+
+    def behind(self, names: Sequence[str]) -> set[str]:
+        """Those of these adapters that have not learned all that is sealed: something awaits its outcome, or a
+        rollback holds them."""
+        s, a = t.segments.c, t.adapters.c
+        awaiting = sa.select(s.adapter).where(s.outcome == Outcome.AWAITING, s.adapter.in_(names))
+        held = sa.select(a.name).where(a.name.in_(names), a.held.is_not(None))
+        with self.db.read() as c:
+            return set(c.execute(sa.union(awaiting, held)).scalars())
 
     def count_awaiting(self, adapter: str) -> int:
         """How many segments of an adapter await their outcome."""

@@ -78,6 +78,9 @@ class MemoryLedger:
     def segments(self, adapter: str, first: int = 1) -> list[SegmentRecord]:
         return [segment for segment, _ in self.log[adapter] if segment.number >= first]
 
+    def behind(self, names: Sequence[str]) -> set[str]:
+        return {name for name in names if self.log.get(name)}
+
     def manifests(self, adapter: str, index: int = 0) -> list[tuple[SegmentRecord, Manifest]]:
         return [(segment, held) for segment, held in self.log[adapter] if segment.first + segment.count > index]
 

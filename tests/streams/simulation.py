@@ -226,7 +226,7 @@ def random_event(world: World, rng: random.Random, joins: bool) -> dict[str, Any
 
 
 def recipe(rng: random.Random) -> Recipe:
-    return Recipe(seal=Seal(count=rng.choice([1, 2, 3, 7]), age=rng.choice([0.5, 5.0])))
+    return Recipe(seal=Seal(count=rng.choice([1, 2, 3, 7]), age=rng.choice([0.5, 5.0]), linger=5.0))
 
 
 def simulate(seed: int, joins: bool = True, forgets: bool = True, world: World | None = None) -> World:

@@ -15,7 +15,8 @@ P0, P1 = ("run", 0), ("run", 1)
 
 def fresh(**given: Any) -> Admission:
     standard = {
-        "epoch": 0, "next_index": 0, "next_segment": 1, "count": 3, "age": 5.0, "dedupe": 4, "consumed": {},
+        "epoch": 0, "next_index": 0, "next_segment": 1, "count": 3, "age": 5.0, "linger": 1.0, "dedupe": 4,
+        "consumed": {},
         "suppressed": frozenset(), "revoked": frozenset(), "recent": (), "joins": Joins(100, 60.0),
     }  # fmt: skip
     return Admission("ada", **{**standard, **given})
@@ -37,6 +38,7 @@ def test_a_full_segment_is_cut_at_once_and_the_rest_when_it_is_old() -> None:
     rest = state.cut(8.0, {})
     assert [(draft.trigger, draft.first, draft.consumed) for draft in rest] == [("age", 3, {P0: (3, 4)})]
     assert state.cut(8.0, {}, "drift")[0].trigger == "drift"
+    assert [state.lingers(at) for at in (3.0, 3.9, 4.0)] == [False, False, True]
 
 
 def test_a_duplicate_is_known_within_the_window_and_a_restart_knows_the_same() -> None:

@@ -15,7 +15,7 @@ from riverdelta.core.events import MAX_EVENT_BYTES
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
-from riverdelta.registry.ledger import Ledger
+from riverdelta.registry.ledger import Cause, Ledger
 from riverdelta.streams import topics
 from riverdelta.streams.dead_letters import list_dead_letters, replay_dead_letters
 from riverdelta.streams.publish import publish
@@ -30,7 +30,7 @@ def line(**event: Any) -> bytes:
 
 
 def recipe(count: int = 8, age: float = 0.3) -> Recipe:
-    return Recipe.from_dict({"seal": {"count": count, "age": age}})
+    return Recipe.from_dict({"seal": {"count": count, "age": age, "linger": age}})
 
 
 @pytest.fixture
@@ -79,6 +79,24 @@ def test_events_of_every_client_become_entries_once(settings: Settings, ledger: 
         until(lambda: texts(settings, ledger, "nobody") == {"a": 1})
         assert flow.stop() == 0
     assert ledger.leases() == []
+
+
+def test_a_little_is_sealed_at_once_while_nothing_waits_to_be_learned(
+    settings: Settings, ledger: Ledger, tmp_path: Path
+) -> None:
+    ledger.create("ada", Recipe.from_dict({"seal": {"count": 4, "age": 60.0, "linger": 0.1}}), "test")
+    with flowing(settings, tmp_path) as flow:
+        publish(settings, [line(adapter="ada", text="first")])
+        until(lambda: count(ledger) == 1)
+        publish(settings, [line(adapter="ada", text="second")])
+        publish(settings, [line(adapter="ada", text=f"full-{n}") for n in range(4)])
+        until(lambda: count(ledger) == 5)
+        for number in (1, 2):
+            assert count(ledger) == 5, "what is left waits for what is sealed to be learned"
+            ledger.set_aside("ada", number, 0, 0, Cause.ERROR, "", "test")
+        until(lambda: count(ledger) == 6)
+        assert flow.stop() == 0
+    assert [segment.trigger for segment in ledger.segments("ada")] == ["linger", "count", "linger"]
 
 
 @pytest.mark.apache

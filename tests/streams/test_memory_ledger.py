@@ -50,6 +50,7 @@ def _seen(ledger: Any) -> tuple[Any, ...]:
         ledger.suppressed("ada"),
         ledger.positions("run"),
         ledger.last_fence(),
+        ledger.behind(["ada", "bob"]),
         [(forget.fence, set(forget.adapters)) for forget in ledger.forgets()],
     )
 
