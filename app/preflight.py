@@ -69,10 +69,12 @@ def check_store(settings: Settings) -> None:
 def check_keys(settings: Settings) -> None:
     """`BadInput` when the secrets would lie inside the data folder, `Corrupt` when they are damaged or missing."""
     from riverdelta.core.keys import SubjectKey
+    from riverdelta.registry.keystore import KeyStore
     from riverdelta.registry.ledger import Ledger
 
     try:
         SubjectKey.open(settings.keys_dir)
+        keys = KeyStore.open(settings)
     except OSError as error:
         raise Unavailable(
             f"The key folder {settings.keys_dir} cannot be used: {error.strerror}.", "Set `keys` to a folder of yours."
@@ -81,12 +83,18 @@ def check_keys(settings: Settings) -> None:
     ledger = Ledger.open(settings.ledger_url)
     try:
         known = ledger.remember("subject-key", fingerprint)
+        root = ledger.remember("root-key", keys.fingerprint)
     finally:
         ledger.close()
     if known != fingerprint:
         raise Corrupt(
             f"The subject key in {settings.keys_dir} is not the one that {settings.data} was made with.",
             "Restore the key file, or set `keys` to the folder that holds it: without it nobody can be forgotten.",
+        )
+    if root != keys.fingerprint:
+        raise Corrupt(
+            f"The root key in {settings.keys_dir} is not the one that {settings.data} was made with.",
+            "Restore contents.key, or set `keys` to the folder that holds it: without it no content can be read.",
         )
 
 

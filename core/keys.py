@@ -7,11 +7,32 @@ import hashlib
 import hmac
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import Corrupt
 
 _FILE = "subjects.key"
+
+
+def secret_file(folder: Path, name: str, make: Callable[[], bytes]) -> bytes:
+    """What a secret file holds, made on first use (mode 0600)."""
+    path = folder / name
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not path.exists():
+        draft = folder / f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(make())
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, path)  # whoever links first has made it; the others read that
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    return path.read_bytes()
 
 
 class SubjectKey:
@@ -25,32 +46,16 @@ class SubjectKey:
 
     @classmethod
     def open(cls, folder: Path) -> "SubjectKey":
-        """The key in `folder`, made on first use (mode 0600)."""
-        path = folder / _FILE
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = folder / f".{_FILE}.{os.getpid()}.{secrets.token_hex(4)}"
-        if not path.exists():
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(secrets.token_bytes(32))
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(draft, path)  # whoever links first has made the key; the others read it
-            except FileExistsError:
-                pass
-            finally:
-                draft.unlink()
-        return cls(path.read_bytes())
+        """The key in `folder`, made on first use."""
+        return cls(secret_file(folder, _FILE, lambda: secrets.token_bytes(32)))
 
     def subject(self, name: str) -> str:
         """A subject's keyed hash, 64 hex digits: the only form in which a subject is stored."""
         return self._hash(b"subject\0" + name.encode()).hex()
 
-    def content(self, data: bytes) -> str:
-        """A commitment to an entry's content, 64 hex digits: it tells nothing without the key, and the content opens
-        it."""
-        return self._hash(b"content\0" + data).hex()
+    def request(self, name: str) -> str:
+        """A request's id, where its own name would tell of its subject: 64 hex digits."""
+        return self._hash(b"request\0" + name.encode()).hex()
 
     def event(self, source: str, event_id: str) -> bytes:
         """A producer's event id, 20 bytes: 12 of the id and 8 of the source."""

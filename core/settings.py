@@ -178,6 +178,12 @@ class Registry(_Part):
     ledger: str = Field("", description="SQLAlchemy URL; empty means SQLite in the data folder")
     mlflow: str = Field("", description="MLflow tracking URI; empty means SQLite in the data folder")
     store: str = Field("", description="object store URL; empty means a folder in the data folder")
+    keys: str = Field("", description="SQLAlchemy URL of the key store; empty means SQLite in the folder of secrets")
+    kms: str = Field(
+        "",
+        description="command that guards the key store's root key: called with `wrap` or `unwrap`, base64 in and out; "
+        "empty means a file in the folder of secrets",
+    )
     poll_seconds: float = Field(0.5, gt=0, description="how often the keeper reads the ledger when no wake-up comes")
 
 
@@ -264,6 +270,11 @@ class Settings(BaseSettings):
     def store_url(self) -> str:
         """URL of the object store."""
         return self.registry.store or f"file://{self.data.absolute()}/store"
+
+    @property
+    def keys_url(self) -> str:
+        """SQLAlchemy URL of the key store."""
+        return self.registry.keys or f"sqlite:///{self.keys_dir}/keys.db"
 
     @property
     def serving_url(self) -> str:

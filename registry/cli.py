@@ -285,13 +285,14 @@ def verify(
     """Check the journal's chain, every payload and every version's weights against their digests."""
     from riverdelta.core.store import ObjectStore
 
+    from .keystore import KeyStore
     from .report import print_verified
     from .verify import verify as check
 
     with _ledger(config, data) as (settings, ledger):
         names = [name] if name else [head.name for head in ledger.adapters()]
-        store = ObjectStore(settings.store_url)
-        code = print_verified([check(ledger, store, each) for each in names], as_json)
+        store, keys = ObjectStore(settings.store_url), KeyStore.open(settings)
+        code = print_verified([check(ledger, store, keys, each) for each in names], as_json)
     if replay:
         if replayer is None:
             raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
@@ -366,14 +367,15 @@ def gc(
     config: Config = None,
     data: Data = None,
 ) -> None:
-    """Delete what crashes left in the object store; nothing that the ledger names is touched."""
+    """Delete what crashes left in the object store and the key store; nothing that the ledger names is touched."""
     from riverdelta.core.store import ObjectStore
 
     from .gc import collect
+    from .keystore import KeyStore
     from .report import print_json
 
     with _ledger(config, data) as (settings, ledger):
-        found = collect(ledger, ObjectStore(settings.store_url), grace * 3600, dry)
+        found = collect(ledger, ObjectStore(settings.store_url), KeyStore.open(settings), grace * 3600, dry)
         if as_json:
             print_json({"deleted": found.deleted, "young": found.young, "dry_run": dry})
         else:

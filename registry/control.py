@@ -128,7 +128,7 @@ class Control:
             # An id that names the subject would keep it: such a request acts once too, under a hash of its id.
             request = message.id
             if message.subject.lower() in request.lower():
-                request = SubjectKey.open(self._settings.keys_dir).content(request.encode())
+                request = SubjectKey.open(self._settings.keys_dir).request(request)
             adapters = None if message.all_adapters else [message.adapter]
             if message.action == "forget":
                 operations.fence(

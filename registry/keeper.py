@@ -14,7 +14,9 @@ from riverdelta.core.settings import Settings, new_holder
 from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import set_up_logs
 
+from . import contents
 from .control import Control
+from .keystore import KeyStore
 from .ledger import Forget, Lease, Ledger, Stage
 from .mlflow_projection import Projection
 from .operations import KEEPER
@@ -121,9 +123,14 @@ class Keeper:
     """What one keeper remembers between two looks at the ledger; losing it costs time, nothing else."""
 
     def __init__(
-        self, ledger: Ledger, settings: Settings, store: ObjectStore, orphan_seconds: float = ORPHAN_SECONDS
+        self,
+        ledger: Ledger,
+        settings: Settings,
+        store: ObjectStore,
+        orphan_seconds: float = ORPHAN_SECONDS,
     ) -> None:
         self._ledger = ledger
+        self._keys = KeyStore.open(settings)
         self._settings = settings
         self._store = store
         self._orphan_seconds = orphan_seconds
@@ -167,6 +174,8 @@ class Keeper:
         return left
 
     def _advance(self, forget: Forget) -> Forget:
+        if forget.id not in self._seen:  # whoever fenced may have been killed before
+            contents.erase(self._ledger, self._keys, forget)
         waited = time.monotonic() - self._seen.setdefault(forget.id, time.monotonic())
         if forget.stage is Stage.FENCED:
             servers, lost = self._ledger.settle_fence(forget.fence, ["server"], waited)
@@ -184,7 +193,7 @@ class Keeper:
             forget = self._ledger.advance(forget.id, Stage.REBUILT, {}, KEEPER)
         if forget.id not in self._purges:
             self._purges[forget.id] = Purge(
-                self._ledger, self._store, self.projection, self._settings, self._orphan_seconds
+                self._ledger, self._store, self._keys, self.projection, self._settings, self._orphan_seconds
             )
         if self._purges[forget.id].run(forget):
             del self._purges[forget.id]

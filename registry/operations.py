@@ -4,6 +4,7 @@ Every act is durable when its function returns; wake-ups only make it felt soone
 no further than here: what is stored is their keyed hash.
 """
 
+import logging
 import re
 import time
 import uuid
@@ -17,10 +18,13 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
 
+from . import contents
+from .keystore import KeyStore
 from .ledger import AdapterRecord, Forget, Hand, Lease, Ledger, Mode, Stage
 from .mlflow_projection import Projection, ask_for_repair
 from .wakeups import Wakeups
 
+log = logging.getLogger(__name__)
 Progress = Callable[[list[Lease]], None]
 KEEPER = "keeper"  # what one process at a time does
 _POLL_SECONDS = 0.2
@@ -193,14 +197,21 @@ def fence(
     asked: Mapping[str, Any] | None = None,
     wakeups: Wakeups | None = None,
 ) -> Forget:
-    """The forget's transaction alone: durable, and followed up by the keeper. `asked` says where a message that asked
-    for it lies."""
+    """The forget's transaction and the deletion of keys: durable, and followed up by the keeper. `asked` says where a
+    message that asked for it lies."""
     hashed = _hashed(settings, subject)
     request = request or str(uuid.uuid4())
     if _without(request, subject) != request:
         raise BadInput("The request id names the subject, and would outlive it.", "Use one that says nothing of it.")
     begun = ledger.forget(request, hashed, adapters, _line(actor, 128), _line(_without(reason, subject)), asked)
     _tell(settings, wakeups, begun.adapters)
+    keys = KeyStore.open(settings)
+    try:
+        contents.erase(ledger, keys, begun)
+    except Unavailable as error:
+        log.warning("The keeper deletes the keys: %s", error)
+    finally:
+        keys.close()
     return begun
 
 

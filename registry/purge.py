@@ -9,17 +9,18 @@ import logging
 import re
 import time
 import uuid
+from functools import partial
 from typing import Any
 
 from riverdelta.core import payload
 from riverdelta.core.digests import canonical_json, sha256
-from riverdelta.core.errors import Conflict, Corrupt, NotFound
-from riverdelta.core.keys import SubjectKey
+from riverdelta.core.errors import Conflict, NotFound
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore, state_key, weights_key
 
-from . import gc
+from . import contents, gc
 from .evidence import finish, kafka_still_holds
+from .keystore import KeyStore
 from .ledger import Forget, Ledger, Stage
 from .mlflow_projection import Projection
 from .written import ORPHAN_SECONDS
@@ -43,17 +44,19 @@ class Purge:
         self,
         ledger: Ledger,
         store: ObjectStore,
+        keys: KeyStore,
         projection: Projection,
         settings: Settings,
         orphan_seconds: float = ORPHAN_SECONDS,
     ) -> None:
         self._ledger = ledger
         self._store = store
+        self._keys = keys
         self._projection = projection
         self._settings = settings
         self._orphan_seconds = orphan_seconds
         self._began = time.monotonic()
-        self._suspects = gc.unnamed(ledger, store)
+        self._suspects = gc.unnamed(ledger, store, keys)
 
     def run(self, forget: Forget) -> bool:
         """Purge, and say so in the ledger. False while something that may be left over of refused work cannot be told
@@ -74,6 +77,7 @@ class Purge:
     def _erase(self, forget: Forget, draft: dict[str, Any]) -> dict[str, list[str]] | None:
         """Everything that goes; per adapter the MLflow runs that only `mlflow gc` can remove, None while something
         cannot be told from work in hand."""
+        contents.erase(self._ledger, self._keys, forget)
         self._rewrite_payloads(draft)
         self._delete_weights(forget)
         self._delete_checkpoints(forget)
@@ -85,15 +89,16 @@ class Purge:
             self._ledger.mark_purged(part["adapter"], part["versions"])
         self._projection.scrub()
         self._ledger.db.scrub()
+        self._keys.scrub()
         return {name: runs for name, runs in left.items() if runs}
 
     def _collect(self) -> bool:
         """Delete what refused work and crashes left in the store before the fence was carried out."""
-        left = self._suspects.keys() & gc.unnamed(self._ledger, self._store).keys()
+        left = self._suspects.keys() & gc.unnamed(self._ledger, self._store, self._keys).keys()
         if left and time.monotonic() - self._began < self._orphan_seconds:
             return False
         if left:
-            self._ledger.delete_unnamed(left, self._store.delete)
+            self._ledger.delete_unnamed(left, partial(gc.delete, self._store, self._keys))
         return True
 
     def _draft(self, forget: Forget) -> dict[str, Any]:
@@ -104,7 +109,6 @@ class Purge:
             return held
         except NotFound:
             pass
-        secret = SubjectKey.open(self._settings.keys_dir)
         erased: list[dict[str, Any]] = []
         payloads: list[dict[str, Any]] = []
         for part in _parts(forget):
@@ -112,17 +116,15 @@ class Purge:
             for number in part["segments"]:
                 segment = self._ledger.segment(part["adapter"], number)
                 manifest = self._ledger.manifest(part["adapter"], number)
-                contents = payload.decode(self._store.get(segment.payload), segment.payload_sha)
                 payloads.append({"adapter": segment.adapter, "segment": number, "was": segment.payload})
-                for place, content in enumerate(contents):
+                for place, (entry, commitment) in enumerate(zip(manifest.entries, manifest.commitments, strict=True)):
                     if segment.first + place in indexes:
-                        entry = manifest.entries[place]
                         erased.append(
                             {
                                 "adapter": segment.adapter,
                                 "index": segment.first + place,
                                 "segment": number,
-                                "commitment": None if content is None else secret.content(content),
+                                "commitment": commitment.hex(),
                                 "incarnation": manifest.incarnations[entry.run],
                                 "partition": entry.partition,
                                 "offset": entry.offset,
@@ -144,29 +146,20 @@ class Purge:
         return draft
 
     def _rewrite_payloads(self, draft: dict[str, Any]) -> None:
-        gone: dict[tuple[str, int], set[int]] = {}
-        for entry in draft["erased"]:
-            gone.setdefault((entry["adapter"], entry["segment"]), set()).add(entry["index"])
         for item in draft["payloads"]:
             adapter, number = item["adapter"], item["segment"]
-            self._rewrite(adapter, number, gone.get((adapter, number), set()))
+            self._rewrite(adapter, number)
             if self._ledger.segment(adapter, number).payload != item["was"]:
                 self._store.delete(item["was"])
 
-    def _rewrite(self, adapter: str, number: int, gone: set[int]) -> None:
-        """Give a segment a payload without these indexes' contents, unless it has one already."""
+    def _rewrite(self, adapter: str, number: int) -> None:
+        """Give a segment a payload without its tombstones' contents, unless it has one already."""
         while True:
             segment = self._ledger.segment(adapter, number)
-            contents = payload.decode(self._store.get(segment.payload), segment.payload_sha)
-            if len(contents) != segment.count:
-                raise Corrupt(
-                    f"Segment {number} of {adapter} has {segment.count} entries and {len(contents)} contents.",
-                    "Restore the object store from a backup.",
-                )
-            kept = [None if segment.first + place in gone else content for place, content in enumerate(contents)]
-            if kept == contents:
+            live = [not entry.tombstone for entry in self._ledger.manifest(adapter, number).entries]
+            data, digest = payload.without(self._store.get(segment.payload), segment.payload_sha, live)
+            if digest == segment.payload_sha:
                 return
-            data, digest = payload.encode(kept)
             key = f"segments/{adapter}/{uuid.uuid4()}.seg"
             self._store.put(key, data)
             try:

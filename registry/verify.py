@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from riverdelta.core import payload
+from riverdelta.core import merkle, payload
 from riverdelta.core.digests import canonical_json, sha256
-from riverdelta.core.errors import Corrupt, NotFound
+from riverdelta.core.errors import Corrupt, NotFound, Unsupported
 from riverdelta.core.store import ObjectStore, state_key, weights_key
 
+from . import contents
+from .keystore import KeyStore
 from .ledger import Fact, Ledger, SegmentRecord
 
 
@@ -22,8 +25,8 @@ class Verified:
     problems: tuple[str, ...]
 
 
-def verify(ledger: Ledger, store: ObjectStore, adapter: str) -> Verified:
-    """Check an adapter's journal and head, payloads and unpurged versions."""
+def verify(ledger: Ledger, store: ObjectStore, keys: KeyStore, adapter: str) -> Verified:
+    """Check an adapter's journal and head, manifests, payloads, keys and unpurged versions."""
     head, known = ledger.adapter(adapter), ledger.versions(adapter)
     facts = [fact for fact in ledger.facts(adapter) if fact.seq <= head.head]  # others may be writing meanwhile
     segments = ledger.segments(adapter)
@@ -38,15 +41,21 @@ def verify(ledger: Ledger, store: ObjectStore, adapter: str) -> Verified:
     for what, number in (("release", head.release), ("tip", head.tip)):
         if number and (number not in known or known[number].revoked):
             problems.append(f"The {what} is version {number}, which is revoked or not there.")
-    following = 0
+    sealed = {fact.body["segment"]: fact.body for fact in facts if fact.kind == "sealed"}
+    settled = not ledger.forgets(unfinished=True)
+    following = tombstones = 0
     for segment in segments:
         if segment.first != following:
             problems.append(f"Segment {segment.number} begins at index {segment.first}, not {following}.")
         following = segment.first + segment.count
         try:
-            _check_segment(ledger, store, segment)
-        except (Corrupt, NotFound) as error:
+            tombstones += _check_segment(ledger, store, keys, segment, sealed.get(segment.number, {}), settled)
+        except (Corrupt, NotFound, Unsupported) as error:
             problems.append(f"Segment {segment.number}: {error.message}")
+    told = sum(body["tombstones"] for body in sealed.values())
+    told += sum(fact.body["entries"] for fact in facts if fact.kind == "forget")
+    if settled and not problems and tombstones != told:
+        problems.append(f"The manifests have {tombstones} tombstones; the journal says {told}.")
     for version in versions:
         for key, digest in ((weights_key(version.digest), version.digest), (state_key(version.state), version.state)):
             if digest:
@@ -54,14 +63,21 @@ def verify(ledger: Ledger, store: ObjectStore, adapter: str) -> Verified:
     return Verified(adapter, len(facts), len(segments), len(versions), tuple(problems))
 
 
-def _check_segment(ledger: Ledger, store: ObjectStore, segment: SegmentRecord) -> None:
-    contents = payload.decode(store.get(segment.payload), segment.payload_sha)
-    entries = ledger.manifest(segment.adapter, segment.number).entries
-    if not len(contents) == len(entries) == segment.count:
-        raise Corrupt(f"its payload has {len(contents)} contents for {segment.count} entries.")
-    for place, (content, entry) in enumerate(zip(contents, entries, strict=True)):
-        if content is None and not entry.tombstone:
-            raise Corrupt(f"entry {segment.first + place} has lost its content and is no tombstone.")
+def _check_segment(
+    ledger: Ledger, store: ObjectStore, keys: KeyStore, segment: SegmentRecord, sealed: dict[str, Any], settled: bool
+) -> int:
+    """How many tombstones a segment has; `Corrupt` names what is not as the journal says it was sealed."""
+    manifest = ledger.manifest(segment.adapter, segment.number)
+    if manifest.digest != sealed.get("manifest"):
+        raise Corrupt("its manifest is not what was sealed.")
+    if merkle.root(manifest.commitments).hex() != segment.root or segment.root != sealed.get("root"):
+        raise Corrupt("its root is not that of its entries' commitments.")
+    contents.read_openings(store, keys, segment, manifest)
+    live = [not entry.tombstone for entry in manifest.entries]
+    held = keys.get(segment.keyring)
+    if settled and payload.without_keys(held, [entry.mentions for entry in manifest.entries], live) != held:
+        raise Corrupt("the key store still holds a key that only erased entries had.")
+    return live.count(False)
 
 
 def _check_object(store: ObjectStore, key: str, digest: str) -> list[str]:

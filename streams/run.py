@@ -16,6 +16,7 @@ from riverdelta.core.keys import SubjectKey
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import set_up_logs
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger
 from riverdelta.registry.wakeups import Wakeups
 
@@ -62,6 +63,7 @@ def run_process(settings: Settings, addresses: list[str], index: int) -> None:
             settings,
             ledger,
             ObjectStore(settings.store_url),
+            patience.until(lambda: KeyStore.open(settings), "opening the key store"),
             Delivery(settings, patience),
             patience,
             metrics,

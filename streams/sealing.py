@@ -1,4 +1,4 @@
-"""Sealing: payloads into the store first, then one ledger transaction that also moves what is consumed.
+"""Sealing: keys and payloads into their stores first, then one ledger transaction that also moves what is consumed.
 
 What waits for the disk runs in a thread of its own, one batch at a time, while the dataflow admits more. Decisions
 stay in the dataflow's thread: drafts before, what became of them after (`land`).
@@ -9,12 +9,14 @@ import random
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from functools import partial
 
-from riverdelta.core import payload
 from riverdelta.core.errors import StaleEpoch
 from riverdelta.core.store import ObjectStore
-from riverdelta.registry.ledger import Ledger, Seal, SegmentRecord
+from riverdelta.registry import contents
+from riverdelta.registry.keystore import KeyStore
+from riverdelta.registry.ledger import Ledger, Manifest, Seal, SegmentRecord
 from riverdelta.registry.written import Written
 
 from .admission import Admission, Draft
@@ -32,6 +34,38 @@ Due = list[tuple[Admission, Draft]]
 Result = SegmentRecord | Exception
 
 
+@dataclass(frozen=True)
+class Ask:
+    """A draft as it stood when its batch began. `name` is that of its payload and keys."""
+
+    name: str
+    draft: Draft
+    manifest: Manifest
+    said: list[bytes | None]
+
+    @property
+    def payload(self) -> str:
+        """The payload's key in the object store."""
+        return f"segments/{self.draft.adapter}/{self.name}.seg"
+
+    def encrypted(self) -> tuple[Seal, contents.Written]:
+        """What the ledger is asked, and what must be in the stores before."""
+        draft, made = self.draft, contents.encrypt(self.name, self.manifest, self.said)
+        seal = Seal(
+            draft.adapter,
+            draft.epoch,
+            draft.first,
+            made.manifest,
+            draft.trigger,
+            self.payload,
+            made.digest,
+            draft.consumed,
+            self.name,
+            made.root,
+        )
+        return seal, made
+
+
 class Sealer:
     """Seals drafts and tells the owner what became of them."""
 
@@ -40,6 +74,7 @@ class Sealer:
         owner: Owner,
         ledger: Ledger,
         store: ObjectStore,
+        keys: KeyStore,
         patience: Patience,
         metrics: Metrics,
         wake: Callable[[str], None],
@@ -50,13 +85,14 @@ class Sealer:
         self._owner = owner
         self._ledger = ledger
         self._store = store
+        self._keys = keys
         self._patience = patience
         self._metrics = metrics
         self._wake = wake
         self._actor = actor
         self._thread = thread
         self._look_at = float("-inf")
-        self._flight: tuple[Due, list[Seal], Future[list[Result]]] | None = None
+        self._flight: tuple[Due, list[Ask], Future[list[Result]]] | None = None
 
     def seal_due(self, at: float, trigger: str = "") -> None:
         """Begin to seal what is due everywhere (with a `trigger`, everything that is open), once the batch before
@@ -73,8 +109,8 @@ class Sealer:
             for draft in state.cut(at, bucket.reached, "linger" if state.name in idle else trigger)
         ]
         if due:
-            seals, payloads = self._prepare([draft for _, draft in due])
-            self._flight = due, seals, self._thread.submit(self._send, seals, payloads)
+            asks = [Ask(uuid.uuid4().hex, draft, draft.manifest(), draft.contents()) for _, draft in due]
+            self._flight = due, asks, self._thread.submit(self._send, asks)
 
     def _idle(self, at: float) -> set[str]:
         """The adapters with open entries that linger, and nothing that waits to be learned; some at a time."""
@@ -95,12 +131,12 @@ class Sealer:
         """Wait for the batch under way, and let its adapters know what became of it."""
         if self._flight is None:
             return
-        due, seals, future = self._flight
+        due, asks, future = self._flight
         results = future.result()
         self._flight = None
         refused: dict[str, tuple[Admission, Exception]] = {}
-        unused: dict[str, list[str]] = {}
-        for (state, draft), seal, result in zip(due, seals, results, strict=True):
+        unused: dict[str, list[Ask]] = {}
+        for (state, draft), ask, result in zip(due, asks, results, strict=True):
             if isinstance(result, SegmentRecord):
                 state.settle(draft)
                 self._metrics.segments.labels(draft.trigger).inc()
@@ -108,7 +144,7 @@ class Sealer:
                 self._wake(draft.adapter)
             else:
                 refused.setdefault(draft.adapter, (state, result))
-                unused.setdefault(draft.adapter, []).append(seal.payload)
+                unused.setdefault(draft.adapter, []).append(ask)
         for name, (state, why) in refused.items():
             self._resolve(state, why, unused[name])
 
@@ -116,54 +152,39 @@ class Sealer:
         """Wait for the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _prepare(self, drafts: Sequence[Draft]) -> tuple[list[Seal], list[bytes]]:
-        seals, payloads = [], []
-        for draft in drafts:
-            data, digest = payload.encode(draft.contents())
-            payloads.append(data)
-            seals.append(
-                Seal(
-                    draft.adapter,
-                    draft.epoch,
-                    draft.first,
-                    draft.manifest(),
-                    draft.trigger,
-                    f"segments/{draft.adapter}/{uuid.uuid4().hex}.seg",
-                    digest,
-                    draft.consumed,
-                )
-            )
-        return seals, payloads
-
-    def _send(self, seals: Sequence[Seal], payloads: Sequence[bytes]) -> list[Result]:
-        """In the thread: write and record, some at a time; after a refusal the rest of that adapter is refused too."""
+    def _send(self, asks: Sequence[Ask]) -> list[Result]:
+        """In the thread: encrypt, write and record, some at a time; after a refusal the rest of that adapter is refused
+        too."""
         done: dict[str, Result] = {}
         refused: dict[str, Result] = {}
-        for start in range(0, len(seals), _AT_ONCE):
-            pairs = zip(seals[start : start + _AT_ONCE], payloads[start : start + _AT_ONCE], strict=True)
-            kept = [(seal, data) for seal, data in pairs if seal.adapter not in refused]
+        for start in range(0, len(asks), _AT_ONCE):
+            kept = [ask for ask in asks[start : start + _AT_ONCE] if ask.draft.adapter not in refused]
             if not kept:
                 continue
-            results = self._patience.until(partial(self._record, kept), "sealing")
-            for (seal, _), result in zip(kept, results, strict=True):
-                done[seal.payload] = result
+            made = [ask.encrypted() for ask in kept]
+            results = self._patience.until(partial(self._record, made), "sealing")
+            for ask, result in zip(kept, results, strict=True):
+                done[ask.name] = result
                 if isinstance(result, Exception):
-                    refused.setdefault(seal.adapter, result)
-        return [done[seal.payload] if seal.payload in done else refused[seal.adapter] for seal in seals]
+                    refused.setdefault(ask.draft.adapter, result)
+        return [done[ask.name] if ask.name in done else refused[ask.draft.adapter] for ask in asks]
 
-    def _record(self, asked: Sequence[tuple[Seal, bytes]]) -> list[Result]:
-        written = Written(self._store, {seal.payload: data for seal, data in asked})
-        return self._ledger.seal([seal for seal, _ in asked], self._actor, written.look)
+    def _record(self, made: Sequence[tuple[Seal, contents.Written]]) -> list[Result]:
+        keyrings = {seal.keyring: written.keys for seal, written in made}
+        written = Written(self._store, {seal.payload: each.data for seal, each in made}, self._keys, keyrings)
+        return self._ledger.seal([seal for seal, _ in made], self._actor, written.look)
 
-    def _resolve(self, state: Admission, why: Exception, payloads: Sequence[str]) -> None:
-        """Make the adapter ready to be sealed anew, and leave nothing in the store that no segment names."""
+    def _resolve(self, state: Admission, why: Exception, asks: Sequence[Ask]) -> None:
+        """Make the adapter ready to be sealed anew, and leave nothing in the stores that no segment names."""
         self._metrics.refused.labels(type(why).__name__).inc()
         number = state.next_segment
         again = self._owner.refresh if isinstance(why, StaleEpoch) else self._owner.reload
         self._patience.until(lambda: again(state), "reading the ledger")
         # The refused may be our own, sealed by a transaction whose acknowledgement was lost.
         segments = self._patience.until(lambda: self._ledger.segments(state.name, number), "reading the ledger")
-        named = {segment.payload for segment in segments}
-        for key in payloads:
-            if key not in named:
-                self._patience.until(partial(self._store.delete, key), "deleting an unused payload")
+        named = {segment.keyring for segment in segments}
+        unused = [ask for ask in asks if ask.name not in named]
+        delete = partial(self._keys.delete, [ask.name for ask in unused])
+        self._patience.until(delete, "deleting unused keys")
+        for ask in unused:
+            self._patience.until(partial(self._store.delete, ask.payload), "deleting an unused payload")

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from riverdelta.core.errors import NotFound, RiverdeltaError
 from riverdelta.core.settings import Settings, new_holder
 from riverdelta.core.store import ObjectStore
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger
 
 from .delivery import Delivery
@@ -32,6 +33,7 @@ class Worker:
         settings: Settings,
         ledger: Ledger,
         store: ObjectStore,
+        keys: KeyStore,
         delivery: Delivery,
         patience: Patience,
         metrics: Metrics,
@@ -46,7 +48,7 @@ class Worker:
         self._clock = clock
         self._holder = new_holder("stream")
         self.owner = Owner(settings, ledger, patience)
-        self._sealer = Sealer(self.owner, ledger, store, patience, metrics, wake, self._holder, thread)
+        self._sealer = Sealer(self.owner, ledger, store, keys, patience, metrics, wake, self._holder, thread)
         self._renewed = self._recorded = self._tidied = clock()
         self._looked_for: dict[int, int] = {}  # by reader, the last read that the fences were looked for at
         self._take_lease()

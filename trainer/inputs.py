@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from riverdelta.core import payload
 from riverdelta.core.digests import sha256
 from riverdelta.core.errors import Corrupt
 from riverdelta.core.store import ObjectStore, state_key, weights_key
+from riverdelta.registry import contents
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger, SegmentRecord, Work
 from riverdelta.registry.ledger.decisions import lineage
 
@@ -29,8 +30,8 @@ class Earlier(Sequence[bytes | None]):
     `used` names the segments of which a live entry was handed out.
     """
 
-    def __init__(self, ledger: Ledger, store: ObjectStore, segments: Sequence[SegmentRecord]) -> None:
-        self._ledger, self._store, self._segments = ledger, store, segments
+    def __init__(self, ledger: Ledger, store: ObjectStore, keys: KeyStore, segments: Sequence[SegmentRecord]) -> None:
+        self._ledger, self._store, self._keys, self._segments = ledger, store, keys, segments
         self._ends = [0]
         for segment in segments:
             self._ends.append(self._ends[-1] + segment.count)
@@ -51,14 +52,14 @@ class Earlier(Sequence[bytes | None]):
             raise IndexError(slot)
         which = bisect_right(self._ends, slot) - 1
         if self._read[0] != which:
-            self._read = (which, read_segment(self._ledger, self._store, self._segments[which]))
+            self._read = (which, contents.read(self._ledger, self._store, self._keys, self._segments[which]))
         content = self._read[1][slot - self._ends[which]]
         if content is not None:
             self.used.add(self._segments[which].number)
         return content
 
 
-def read_inputs(ledger: Ledger, store: ObjectStore, work: Work) -> Inputs:
+def read_inputs(ledger: Ledger, store: ObjectStore, keys: KeyStore, work: Work) -> Inputs:
     """Everything that a piece of work needs; `NotFound` or `Corrupt` where the store does not hold it."""
     parent, name = work.parent, work.adapter.name
     learned: list[SegmentRecord] = []
@@ -70,20 +71,8 @@ def read_inputs(ledger: Ledger, store: ObjectStore, work: Work) -> Inputs:
         weights = _checked(store.get(weights_key(parent.digest)), parent.digest)
         if parent.state:
             state = _checked(store.get(state_key(parent.state)), parent.state)
-    entries = read_segment(ledger, store, work.segment)
-    return Inputs(entries, Earlier(ledger, store, learned), weights, state)
-
-
-def read_segment(ledger: Ledger, store: ObjectStore, segment: SegmentRecord) -> list[bytes | None]:
-    """A segment's contents; what the ledger calls a tombstone is None, whatever the payload still holds."""
-    contents = payload.decode(store.get(segment.payload), segment.payload_sha)
-    entries = ledger.manifest(segment.adapter, segment.number).entries
-    if len(contents) != len(entries):
-        raise Corrupt(
-            f"Segment {segment.number} of {segment.adapter} has {len(entries)} entries and {len(contents)} contents.",
-            "Restore the object store from a backup.",
-        )
-    return [None if entry.tombstone else content for entry, content in zip(entries, contents, strict=True)]
+    entries = contents.read(ledger, store, keys, work.segment)
+    return Inputs(entries, Earlier(ledger, store, keys, learned), weights, state)
 
 
 def _checked(data: bytes, digest: str) -> bytes:

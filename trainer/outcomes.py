@@ -54,7 +54,7 @@ class Outcomes:
         try:
             version = self._patiently(
                 # Another trainer's equal work has the same files, and may be refused and remove them.
-                lambda: self._ledger.commit(increment, self._holder, Written(self._store, files, shared=True).look)
+                lambda: self._ledger.commit(increment, self._holder, Written(self._store, files).look)
             )
         except Conflict as refused:
             log.info("Dropped %s segment %d: %s", work.adapter.name, work.segment.number, refused)

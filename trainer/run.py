@@ -9,6 +9,7 @@ from riverdelta.core.errors import Conflict
 from riverdelta.core.settings import Settings, new_holder
 from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import set_up_logs
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger
 from riverdelta.registry.wakeups import Wakeups
 
@@ -53,6 +54,7 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
         worker = Worker(
             ledger,
             ObjectStore(settings.store_url),
+            KeyStore.open(settings),
             base,
             settings.data / "trainer",
             new_holder("trainer"),

@@ -11,6 +11,7 @@ from riverdelta.core.digests import digest_of
 from riverdelta.core.errors import Corrupt, NotFound, RiverdeltaError, Unavailable
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Hand, Ledger, Work
 
 from .base import Base
@@ -62,6 +63,7 @@ class Worker:
         self,
         ledger: Ledger,
         store: ObjectStore,
+        keys: KeyStore,
         base: Base,
         folder: Path,
         holder: str,
@@ -72,7 +74,7 @@ class Worker:
     ) -> None:
         """`folder` holds checkpoint logs; `released` hears the adapter after each outcome; `most` adapters are trained
         side by side, if that changes no bit."""
-        self._ledger, self._store, self._base = ledger, store, base
+        self._ledger, self._store, self._keys, self._base = ledger, store, keys, base
         self._stop, self._most = stop, most
         self._patiently = Patience(stop)
         self._fingerprint = fingerprint(base)
@@ -214,7 +216,7 @@ class Worker:
         return False
 
     def _learner(self, work: Work) -> tuple[Learner, Gate | None, set[int]]:
-        inputs = read_inputs(self._ledger, self._store, work)
+        inputs = read_inputs(self._ledger, self._store, self._keys, work)
         recipe, seed = Recipe.from_dict(work.adapter.recipe), work.adapter.seed
         learner = Learner(self._base, recipe, seed, inputs.entries, inputs.earlier, inputs.weights, inputs.state)
         gate = Gate(self._base, recipe, seed, learner, inputs.earlier, work.segment.hand) if recipe.gate.on else None

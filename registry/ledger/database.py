@@ -16,14 +16,15 @@ from riverdelta.core.errors import Corrupt, Refused, Unavailable
 from .tables import metadata
 
 MIGRATIONS = Path(__file__).with_name("migrations")
-NEWEST = "0002"  # the last revision in migrations/versions
+NEWEST = "0003"  # the last revision in migrations/versions
 
 
 class Database:
     """An SQLAlchemy engine with two kinds of transaction: `write` (serialised on SQLite) and `read`."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, what: str = "ledger") -> None:
+        """`what` is what errors call it."""
+        self.url, self._what = url, what
         self.sqlite = url.startswith("sqlite")
         if self.sqlite:
             Path(sa.make_url(url).database or "").parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,7 @@ class Database:
     def write(self, durable: bool = True) -> Iterator[sa.Connection]:
         """One transaction that may write; on SQLite it holds the only write lock from its start. Without `durable` it
         does not wait for the disk: others see it at once, and only a crash of the whole machine can undo it."""
-        with _told(self.url), (self._engine if durable else self._hasty).begin() as connection:
+        with _told(self.url, self._what), (self._engine if durable else self._hasty).begin() as connection:
             if not durable and not self.sqlite:
                 connection.execute(sa.text("SET LOCAL synchronous_commit TO off"))
             yield connection
@@ -48,7 +49,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """One consistent view."""
-        with _told(self.url), self._reader.begin() as connection:
+        with _told(self.url, self._what), self._reader.begin() as connection:
             yield connection
 
     def put(
@@ -80,7 +81,7 @@ class Database:
                 else:
                     yield True
         else:
-            with _told(self.url), self._engine.connect() as opened:
+            with _told(self.url, self._what), self._engine.connect() as opened:
                 connection = opened.execution_options(isolation_level="AUTOCOMMIT")
                 lock = sa.select(sa.func.pg_try_advisory_lock(sa.func.hashtext(name)))
                 won = bool(connection.execute(lock).scalar())
@@ -146,12 +147,14 @@ class Database:
 
     def scrub(self) -> None:
         """Let nothing that was deleted outlive it in the write-ahead log (SQLite only; `secure_delete` overwrites it in
-        the database itself)."""
+        the database itself). `Unavailable` while a reader keeps it."""
         if self.sqlite:
-            with _told(self.url), self._engine.connect() as connection:
+            with _told(self.url, self._what), self._engine.connect() as connection:
                 raw: Any = connection.connection.driver_connection
                 connection.rollback()
-                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                busy, *_ = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise Unavailable(f"The {self._what}'s write-ahead log is being read.", "It is emptied a little later.")
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
@@ -176,15 +179,15 @@ def _begin_sqlite(connection: sa.Connection) -> None:
 
 
 @contextmanager
-def _told(url: str) -> Iterator[None]:
+def _told(url: str, what: str) -> Iterator[None]:
     shown = sa.make_url(url).render_as_string(hide_password=True)
     try:
         yield
     except sa.exc.OperationalError as error:
         raise Unavailable(
-            f"The ledger {shown} does not answer: {error.orig}.", "Is it reachable, and not full?"
+            f"The {what} {shown} does not answer: {error.orig}.", "Is it reachable, and not full?"
         ) from error
     except sa.exc.DatabaseError as error:
         if "malformed" in str(error.orig) or "not a database" in str(error.orig):
-            raise Corrupt(f"The ledger {shown} is damaged: {error.orig}.", "Restore it from a backup.") from error
+            raise Corrupt(f"The {what} {shown} is damaged: {error.orig}.", "Restore it from a backup.") from error
         raise

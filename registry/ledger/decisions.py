@@ -84,8 +84,18 @@ class Line:
         return None
 
 
-def decide_seal(adapter: AdapterRecord, epoch: int, first: int, count: int, tombstones: int, trigger: str) -> Change:
-    """Append a segment: `StaleEpoch` after a forget, `Conflict` when another owner has appended."""
+def decide_seal(
+    adapter: AdapterRecord,
+    epoch: int,
+    first: int,
+    count: int,
+    tombstones: int,
+    trigger: str,
+    root: str = "",
+    manifest: str = "",
+) -> Change:
+    """Append a segment: `StaleEpoch` after a forget, `Conflict` when another owner has appended. `root` and `manifest`
+    are digests of what the entries say and of what they are: the journal binds both."""
     if count < 1:
         raise BadInput("A segment needs an entry.", "Seal when there is one.")
     if epoch != adapter.epoch:
@@ -97,9 +107,10 @@ def decide_seal(adapter: AdapterRecord, epoch: int, first: int, count: int, tomb
         raise Conflict(f"{adapter.name} continues at index {adapter.next_index}, not {first}.", "Read the head again.")
     number = adapter.next_segment
     fact = {"segment": number, "first": first, "count": count, "tombstones": tombstones, "trigger": trigger}
+    bound = {"root": root, "manifest": manifest}
     return Change(
         replace(adapter, next_index=first + count, next_segment=number + 1),
-        (("sealed", {**fact, "held": adapter.held is not None}),),
+        (("sealed", {**fact, **bound, "held": adapter.held is not None}),),
     )
 
 

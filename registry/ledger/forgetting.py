@@ -302,13 +302,14 @@ class Forgetting(Leases):
             return frozenset(digest for row in rows for digest in row if digest)
 
     def named_objects(self) -> frozenset[str]:
-        """The store's keys that a segment or a version not yet purged names."""
+        """The object store's keys that a segment or a version not yet purged names, and `keys/KEYRING` for each
+        segment's keys in the key store."""
         with self.db.read() as c:
             return self._named(c)
 
     def delete_unnamed(self, keys: Collection[str], delete: Callable[[str], None], revoked: bool = False) -> None:
-        """Delete those of the store's keys that nothing names, while nothing can come to name them. `revoked`: what
-        only revoked versions name goes too."""
+        """Delete those of these objects and keys that nothing names, while nothing can come to name them. `revoked`:
+        what only revoked versions name goes too."""
         with self.db.write() as c:
             if not self.db.sqlite:
                 c.execute(sa.text("LOCK TABLE segments, versions IN SHARE ROW EXCLUSIVE MODE"))
@@ -317,11 +318,14 @@ class Forgetting(Leases):
 
     def _named(self, c: sa.Connection, but_revoked: bool = False) -> frozenset[str]:
         v = t.versions.c
-        payloads = set(c.execute(sa.select(t.segments.c.payload)).scalars())
+        segments = list(c.execute(sa.select(t.segments.c.payload, t.segments.c.keyring)))
         gone = v.revoked if but_revoked else v.purged
         rows = list(c.execute(sa.select(v.digest, v.state).where(gone.is_(False))))
         return frozenset(
-            payloads | {weights_key(row.digest) for row in rows} | {state_key(row.state) for row in rows if row.state}
+            {row.payload for row in segments}
+            | {f"keys/{row.keyring}" for row in segments}
+            | {weights_key(row.digest) for row in rows}
+            | {state_key(row.state) for row in rows if row.state}
         )
 
     def revoked_digests(self) -> frozenset[str]:

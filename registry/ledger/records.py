@@ -7,6 +7,10 @@ from typing import Any
 
 import msgspec
 
+from riverdelta.core.digests import sha256
+from riverdelta.core.errors import Corrupt
+from riverdelta.core.merkle import HASH_BYTES
+
 
 class Outcome(StrEnum):
     """What became of a segment. Every sealed segment has exactly one."""
@@ -51,12 +55,21 @@ class ManifestEntry(msgspec.Struct, array_like=True, frozen=True):
     tombstone: bool = False
     written_by: str = ""
 
+    @property
+    def mentions(self) -> tuple[str, ...]:
+        """Whose keys its content is encrypted under; the empty name's when it is about nobody."""
+        return (*self.subjects, self.written_by) if self.written_by else self.subjects or ("",)
+
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The entries of a segment in index order, and the topic incarnations that they came from."""
+    """The entries of a segment in index order, and the topic incarnations that they came from.
+
+    `leaves` joins the entries' commitments, 32 bytes each: leaf hashes of the segment's Merkle tree.
+    """
 
     incarnations: tuple[str, ...]
     entries: tuple[ManifestEntry, ...]
+    leaves: bytes = b""
 
     def pack(self) -> bytes:
         """MessagePack bytes, as stored."""
@@ -65,7 +78,10 @@ class Manifest(msgspec.Struct, frozen=True):
     @classmethod
     def unpack(cls, data: bytes) -> "Manifest":
         """The manifest in stored bytes."""
-        return msgspec.msgpack.decode(data, type=cls)
+        try:
+            return msgspec.msgpack.decode(data, type=cls)
+        except msgspec.DecodeError as error:
+            raise Corrupt(f"A manifest is damaged: {error}.", "Restore the ledger from a backup.") from error
 
     @property
     def mentions(self) -> set[str]:
@@ -74,6 +90,19 @@ class Manifest(msgspec.Struct, frozen=True):
         return {subject for entry in live for subject in entry.subjects} | {
             entry.written_by for entry in live if entry.written_by
         }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what never changes of it: everything but which entries are tombstones."""
+        if not any(entry.tombstone for entry in self.entries):
+            return sha256(self.pack())
+        born = tuple(msgspec.structs.replace(entry, tombstone=False) for entry in self.entries)
+        return sha256(msgspec.structs.replace(self, entries=born).pack())
+
+    @property
+    def commitments(self) -> list[bytes]:
+        """The entries' commitments, in index order."""
+        return [self.leaves[start : start + HASH_BYTES] for start in range(0, len(self.leaves), HASH_BYTES)]
 
     def erased(self, mentions: set[str]) -> "Manifest":
         """The same entries, tombstones where they mention any of these."""
@@ -85,6 +114,7 @@ class Manifest(msgspec.Struct, frozen=True):
                 else entry
                 for entry in self.entries
             ),
+            self.leaves,
         )
 
 
@@ -115,7 +145,8 @@ class AdapterRecord:
 @dataclass(frozen=True)
 class SegmentRecord:
     """A sealed run of entries [first, first + count). `version` made its outcome: the one that trained it, or the
-    parent that a rejected candidate built on. `metrics` are those of a rejected candidate."""
+    parent that a rejected candidate built on. `keyring` names its keys in the key store; `root` is the Merkle root of
+    its entries' commitments. `metrics` are those of a rejected candidate."""
 
     adapter: str
     number: int
@@ -131,6 +162,8 @@ class SegmentRecord:
     note: str = ""
     hand: Hand = Hand.NONE
     metrics: dict[str, Any] = field(default_factory=dict)
+    keyring: str = ""
+    root: str = ""
 
     def outcome_as(
         self,

@@ -42,7 +42,8 @@ _MOVE_CONSUMED = {True: _move_consumed(sqlite), False: _move_consumed(postgresql
 
 @dataclass(frozen=True)
 class Seal:
-    """What a dataflow worker asks to append: a payload already written, its manifest, and how far it has consumed.
+    """What a dataflow worker asks to append: a payload and its keys, already written, its manifest, and how far it has
+    consumed.
 
     `consumed` maps (incarnation, partition) to (offset expected in the ledger, next offset): both are checked
     and moved in the sealing transaction, so that of two owners only one can append.
@@ -56,6 +57,8 @@ class Seal:
     payload: str
     payload_sha: str
     consumed: Mapping[Where, tuple[int, int]]
+    keyring: str = ""
+    root: str = ""
 
 
 class Sealing(Journal):
@@ -154,7 +157,9 @@ class _Batch:
             )
         entries = seal.manifest.entries
         tombstones = sum(entry.tombstone for entry in entries)
-        change = decisions.decide_seal(head, seal.epoch, seal.first, len(entries), tombstones, seal.trigger)
+        change = decisions.decide_seal(
+            head, seal.epoch, seal.first, len(entries), tombstones, seal.trigger, seal.root, seal.manifest.digest
+        )
         for (run, partition), (expected, _) in seal.consumed.items():
             held = self.consumed.get((head.name, run, partition), 0)
             if held != expected:
@@ -175,6 +180,8 @@ class _Batch:
             self.at,
             Outcome.AWAITING if head.held is None else Outcome.SET_ASIDE,
             cause=Cause.NONE if head.held is None else Cause.HOLD,
+            keyring=seal.keyring,
+            root=seal.root,
         )
         self.segments.append({**vars(segment), "manifest": seal.manifest.pack()})
         self.mentions += [

@@ -67,6 +67,8 @@ segments = Table(
     Column("trigger", String(16), nullable=False),
     Column("payload", Text, nullable=False),
     Column("payload_sha", String(64), nullable=False),
+    Column("keyring", String(64), nullable=False),
+    Column("root", String(64), nullable=False),
     Column("sealed_at", String(32), nullable=False),
     Column("outcome", String(16), nullable=False),
     Column("version", Integer),

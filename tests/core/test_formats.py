@@ -6,13 +6,12 @@ import os
 import threading
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from riverdelta.core import payload, weights
+from riverdelta.core import weights
 from riverdelta.core.digests import canonical_json, digest_of, seed_of, sha256
 from riverdelta.core.errors import BadInput, Corrupt
 from riverdelta.core.keys import SubjectKey
@@ -37,23 +36,6 @@ def test_equal_values_have_equal_bytes(value: object) -> None:
 def test_seeds_differ_where_their_parts_do(one: list[str | int], other: list[str | int]) -> None:
     assert (seed_of(*one) == seed_of(*other)) == (one == other)
     assert 0 <= seed_of(*one) < 2**63
-
-
-@given(st.lists(st.none() | st.binary(max_size=40), max_size=8), st.data())
-def test_a_payload_is_what_its_digest_names(contents: list[bytes | None], data: st.DataObject) -> None:
-    written, digest = payload.encode(contents)
-    assert payload.decode(written, digest) == contents
-    place = data.draw(st.integers(0, len(written) - 1))
-    damaged = written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :]
-    for wrong in (damaged, written[:-1], written + b"\0", b""):
-        with pytest.raises(Corrupt):
-            payload.decode(wrong, digest)
-
-
-def test_a_file_that_only_looks_like_a_payload_is_corrupt() -> None:
-    for wrong in (b"RDSEG1\n", b"RDSEG1\n\xc1", b"RDSEG1\n" + msgspec.msgpack.encode({"not": "a list"})):
-        with pytest.raises(Corrupt):
-            payload.decode(wrong, sha256(wrong))
 
 
 def test_weights_have_one_form() -> None:
@@ -137,5 +119,5 @@ def test_hashes_tell_apart_what_they_are_of(one: str, other: str) -> None:
     key, stranger = SubjectKey(b"k" * 32), SubjectKey(b"s" * 32)
     assert (key.subject(one) == key.subject(other)) == (one == other)
     assert key.subject(one) != stranger.subject(one)
-    assert key.subject(one) != key.content(one.encode())
+    assert key.subject(one) != key.request(one)
     assert (key.event(one, other) == key.event(other, one)) == (one == other)

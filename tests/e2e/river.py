@@ -19,6 +19,9 @@ from openai import OpenAI
 
 from riverdelta.core.errors import Unavailable
 from riverdelta.core.settings import Settings
+from riverdelta.core.store import ObjectStore
+from riverdelta.registry import contents
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger
 from riverdelta.streams.publish import publish
 from tests.brokers import free_port
@@ -257,6 +260,13 @@ class River:
     def served(self, adapter: str, digest: str, seconds: float = 30.0) -> None:
         """Wait until answers are written by these weights."""
         eventually(lambda: self.ask(adapter, "x", 1)[1] == digest, seconds)
+
+    def learned(self, adapter: str, text: str) -> bool:
+        """Whether a live entry says a text."""
+        ledger, store, keys = self.ledger, ObjectStore(self.settings.store_url), KeyStore.open(self.settings)
+        held = [contents.read(ledger, store, keys, segment) for segment in ledger.segments(adapter)]
+        ledger.close()
+        return any(text.encode() in content for segment in held for content in segment if content is not None)
 
     def files_with(self, text: str) -> list[Path]:
         """The files of the data folder that hold a text."""

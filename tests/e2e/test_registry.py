@@ -60,7 +60,8 @@ def test_forgotten_by_command_rebuilt_purged_and_proved(river: River) -> None:
     dirty = river.released("forget", 2)
     river.publish(facts("forget", ["h8", "j9"]))
     river.released("forget", 3)
-    assert river.files_with(canary), "the segment's payload holds it"
+    assert not river.files_with(canary), "contents are encrypted"
+    assert river.learned("forget", canary)
     assert not river.files_with(name), "a subject is stored as a keyed hash only"
     told = river.read("registry", "forget", "--subject", name, "--adapter", "forget", "--reason", f"{name} asked")
     assert told["revoked"] == {"forget": 2}
@@ -78,6 +79,8 @@ def test_forgotten_by_command_rebuilt_purged_and_proved(river: River) -> None:
     ledger = river.ledger
     eventually(lambda: all(str(forget.stage) == "purged" for forget in ledger.forgets()), 120)
     ledger.close()
+    assert not river.learned("forget", canary)
+    river.tell("registry", "verify", "forget")
     assert not river.files_with(canary)
     assert not river.files_with(name)
     assert not river.said(name)

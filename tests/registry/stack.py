@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from riverdelta.core import payload, weights
+from riverdelta.core import weights
 from riverdelta.core.digests import seed_of
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore, state_key, weights_key
+from riverdelta.registry import contents
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Increment, Ledger, Manifest, ManifestEntry, Seal, SegmentRecord
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
@@ -24,6 +26,7 @@ class Stack:
         self.settings = settings
         self.ledger = Ledger.open(settings.ledger_url)
         self.store = ObjectStore(settings.store_url)
+        self.keys = KeyStore.open(settings)
         self.key = SubjectKey.open(settings.keys_dir)
 
     def seal(self, adapter: str, entries: Sequence[tuple[str, str]]) -> SegmentRecord:
@@ -31,19 +34,22 @@ class Stack:
         head = self.ledger.adapter(adapter)
         suppressed = self.ledger.suppressed(adapter)
         subjects = [self.key.subject(subject) for subject, _ in entries]
-        contents = [
+        said = [
             None if subject in suppressed else b'{"type":"example","text":"%s"}' % text.encode()
             for subject, (_, text) in zip(subjects, entries, strict=True)
         ]
-        body, sha = payload.encode(contents)
-        key = f"segments/{adapter}/{uuid.uuid4()}.seg"
-        self.store.put(key, body)
         listed = tuple(
-            ManifestEntry(0, 0, head.next_index + i, subjects=(subject,), tombstone=contents[i] is None)
+            ManifestEntry(0, 0, head.next_index + i, subjects=(subject,), tombstone=said[i] is None)
             for i, subject in enumerate(subjects)
         )
         place = {("run", 0): (head.next_index, head.next_index + len(entries))}
-        seal = Seal(adapter, head.epoch, head.next_index, Manifest(("run",), listed), "count", key, sha, place)
+        keys = uuid.uuid4().hex
+        made = contents.encrypt(keys, Manifest(("run",), listed), said)
+        key = f"segments/{adapter}/{keys}.seg"
+        self.keys.add({keys: made.keys})
+        self.store.put(key, made.data)
+        first = head.next_index
+        seal = Seal(adapter, head.epoch, first, made.manifest, "count", key, made.digest, place, keys, made.root)
         [segment] = self.ledger.seal([seal], "stream")
         assert isinstance(segment, SegmentRecord), segment
         return segment
@@ -52,9 +58,8 @@ class Stack:
         """Every waiting increment; how many there were."""
         done = 0
         while work := self.ledger.work(adapter):
-            entries = self.ledger.manifest(adapter, work.segment.number).entries
-            held = payload.decode(self.store.get(work.segment.payload), work.segment.payload_sha)
-            seen = [None if e.tombstone else str(c) for e, c in zip(entries, held, strict=True)]
+            held = contents.read(self.ledger, self.store, self.keys, work.segment)
+            seen = [None if content is None else str(content) for content in held]
             parent = work.parent.digest if work.parent else ""
             generator = torch.Generator().manual_seed(seed_of(parent, str(seen)))
             tensors = {

@@ -13,11 +13,13 @@ from unittest import mock
 import pytest
 
 from riverdelta.app.main import main
-from riverdelta.core import payload, weights
+from riverdelta.core import weights
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore, weights_key
+from riverdelta.registry import contents
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Cause, Increment, Ledger, Manifest, ManifestEntry, Seal
 
 NAMES = ("ann", "bob")
@@ -36,17 +38,28 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     ledger = Ledger.open(f"sqlite:///{folder}/ledger.db")
     store = ObjectStore(f"file://{folder}/store")
+    keys = KeyStore.open(Settings(data=folder))
     ledger.create("acme", Recipe(), "test")
     for number in range(2):
-        contents = [b'{"type":"example","text":"fact %d"}' % (2 * number + i) for i in range(2)]
-        body, sha = payload.encode(contents)
-        store.put(f"segments/acme/{number}.seg", body)
+        said = [b'{"type":"example","text":"fact %d"}' % (2 * number + i) for i in range(2)]
         entries = tuple(
             ManifestEntry(0, 0, 2 * number + i, subjects=(subject_hash(folder, NAMES[i]),)) for i in range(2)
         )
         place = {("run", 0): (2 * number, 2 * number + 2)}
+        made = contents.encrypt(f"keys-{number}", Manifest(("run",), entries), said)
+        keys.add({f"keys-{number}": made.keys})
+        store.put(f"segments/acme/{number}.seg", made.data)
         seal = Seal(
-            "acme", 0, 2 * number, Manifest(("run",), entries), "count", f"segments/acme/{number}.seg", sha, place
+            "acme",
+            0,
+            2 * number,
+            made.manifest,
+            "count",
+            f"segments/acme/{number}.seg",
+            made.digest,
+            place,
+            f"keys-{number}",
+            made.root,
         )
         assert not isinstance(ledger.seal([seal], "test")[0], Exception)
         prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"

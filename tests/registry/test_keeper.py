@@ -4,20 +4,24 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from riverdelta.core import payload
+from riverdelta.core.errors import NotFound
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Kafka, Settings
-from riverdelta.registry import operations
+from riverdelta.registry import contents, operations
 from riverdelta.registry.keeper import Keeper, run
-from riverdelta.registry.ledger import Stage
+from riverdelta.registry.ledger import Outcome, Stage
 from tests.registry.stack import Stack, two_versions, wait
 
 
@@ -133,38 +137,59 @@ def test_repair_is_the_keepers_where_one_is_at_work(alone: Settings) -> None:
         keeping.join(timeout=20)
 
 
-def canaries(settings: Settings, *words: str) -> list[str]:
-    """Where any of the words still stands, in any file of the data folder."""
-    found = []
-    for path in settings.data.rglob("*"):
-        if path.is_file():
-            data = path.read_bytes()
-            found += [f"{word} in {path.name}" for word in words if word.encode() in data]
-    return found
+def scan(settings: Settings, *words: bytes) -> list[str]:
+    """Where any of the words still stands, in any file of the data folder or of the folder of secrets."""
+    files = [path for folder in (settings.data, settings.keys_dir) for path in folder.rglob("*") if path.is_file()]
+    return [f"{word[:20]!r} in {path}" for path in files for word in words if word in path.read_bytes()]
+
+
+def traces(stack: Stack, segment: int, version: int) -> dict[str, bytes]:
+    """What betrays a segment's first content and a version's weights, in the form in which they are stored."""
+    held, made = stack.ledger.segment("acme", segment), stack.ledger.version("acme", version)
+    database = sqlite3.connect(stack.settings.keys_dir / "keys.db")
+    [[wrapped]] = database.execute("SELECT wrapped FROM keys WHERE name = ?", [held.keyring])
+    database.close()
+    return {
+        "ciphertext": payload._read(stack.store.get(held.payload), held.payload_sha).boxes[0].sealed,
+        "wrapped keys": wrapped,
+        "weights": stack.store.get(f"weights/{made.digest}.safetensors")[-200:],
+    }
+
+
+def said(stack: Stack) -> bytes:
+    """What all live entries say."""
+    held = [contents.read(stack.ledger, stack.store, stack.keys, each) for each in stack.ledger.segments("acme")]
+    return b"".join(content for segment in held for content in segment if content is not None)
 
 
 def test_a_forget_is_rebuilt_and_purged(alone: Settings) -> None:
     stack = two_versions(alone)
     keeper = keeper_of(stack)
     keeper.projection.catch_up()
-    assert canaries(alone, "canary-ann-secret")
+    assert b"canary-ann-secret" in said(stack)
     doomed = stack.ledger.version("acme", 2).digest
+    dirty = traces(stack, 2, 2)
+    assert all(scan(alone, trace) for trace in dirty.values())
+    sealed, before = stack.ledger.segment("acme", 2), stack.ledger.manifest("acme", 2)
     report = operations.forget(stack.ledger, alone, "ann", ["acme"], actor="op", reason="ann asked")
     assert report.revoked == {"acme": 1}
+    assert stack.ledger.segment("acme", 2) == replace(sealed, outcome=Outcome.AWAITING, version=None)
+    with pytest.raises(NotFound):  # it is all still stored, and from here on nobody can read it
+        contents.read_openings(stack.store, stack.keys, sealed, before)
     [left] = keeper.advance_forgets()
     assert left.stage is Stage.ACKNOWLEDGED  # nothing has been rebuilt
     stack.train("acme")
     assert wait(lambda: not keeper.advance_forgets(), 20)
     keeper.projection.catch_up()
     assert live(alone) == "3"
-    assert canaries(alone, "canary-ann") == []
+    assert scan(alone, *dirty.values(), b"canary-ann", b"ann asked") == []
     assert not stack.store.exists(f"weights/{doomed}.safetensors")
     manifest = json.loads(stack.store.get(f"forgets/{report.forget.id}.json"))
     assert [(e["index"], e["segment"]) for e in manifest["erased"]] == [(2, 2)]
     assert manifest["adapters"][0]["clean_parent"]["version"] == 1
     assert stack.ledger.version("acme", 2).purged
     # What was not the subject's is still learned, and still there.
-    assert canaries(alone, "canary-bob-three")
+    assert said(stack).count(b"canary-bob") == 3
 
 
 def test_purge_waits_for_dataflow_and_trainers(alone: Settings) -> None:
@@ -231,4 +256,4 @@ def test_a_keeper_killed_anywhere_ends_in_the_same_state(alone: Settings) -> Non
     assert wait(lambda: not keeper.advance_forgets(), 60)
     keeper.projection.catch_up()
     assert live(alone) == "3"
-    assert canaries(alone, "canary-ann") == []
+    assert b"canary-ann" not in said(stack)

@@ -13,9 +13,10 @@ from typing import Any
 
 import msgspec
 
-from riverdelta.core import payload
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
+from riverdelta.registry import contents
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger
 
 _RUN = "import sys, json; from riverdelta.core.settings import Settings; from riverdelta.streams.run import run; "
@@ -78,11 +79,10 @@ def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
 
 def entries(settings: Settings, ledger: Ledger, adapter: str) -> list[tuple[tuple[int, int], dict[str, Any] | None]]:
     """The (partition, offset) and content (None for a tombstone) of every sealed entry, in index order."""
-    store = ObjectStore(settings.store_url)
+    store, keys = ObjectStore(settings.store_url), KeyStore.open(settings)
     found = []
     for segment, manifest in ledger.manifests(adapter):
-        contents = payload.decode(store.get(segment.payload), segment.payload_sha)
-        for entry, content in zip(manifest.entries, contents, strict=True):
+        for entry, content in zip(manifest.entries, contents.read(ledger, store, keys, segment), strict=True):
             said = None if content is None or entry.tombstone else msgspec.json.decode(content)
             found.append(((entry.partition, entry.offset), said))
     return found

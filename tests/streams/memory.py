@@ -65,7 +65,7 @@ class MemoryLedger:
             return refused
         segment = SegmentRecord(
             head.name, head.next_segment, seal.first, len(seal.manifest.entries), seal.trigger, seal.payload,
-            seal.payload_sha, "now", Outcome.AWAITING, cause=Cause.NONE,
+            seal.payload_sha, "now", Outcome.AWAITING, cause=Cause.NONE, keyring=seal.keyring, root=seal.root,
         )  # fmt: skip
         self.moved[head.name].update({where: to for where, (_, to) in seal.consumed.items()})
         self.heads[head.name] = replace(change.adapter, head=head.head + 1)
@@ -85,7 +85,8 @@ class MemoryLedger:
         return [(segment, held) for segment, held in self.log[adapter] if segment.first + segment.count > index]
 
     def delete_unnamed(self, keys: Collection[str], delete: Callable[[str], None]) -> None:
-        named = {segment.payload for log in self.log.values() for segment, _ in log}
+        sealed = [segment for log in self.log.values() for segment, _ in log]
+        named = {segment.payload for segment in sealed} | {f"keys/{segment.keyring}" for segment in sealed}
         for key in set(keys) - named:
             delete(key)
 
@@ -162,6 +163,26 @@ class MemoryStore:
 
     def delete(self, key: str) -> None:
         self.objects.pop(key, None)
+
+
+class MemoryKeys:
+    """Keys by name."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+
+    def add(self, keys: Mapping[str, bytes]) -> None:
+        self.held.update(keys)
+
+    def get(self, name: str) -> bytes:
+        return self.held[name]
+
+    def known(self, names: Collection[str]) -> set[str]:
+        return self.held.keys() & set(names)
+
+    def delete(self, names: Collection[str]) -> None:
+        for name in names:
+            self.held.pop(name, None)
 
 
 class MemoryDelivery:

@@ -87,7 +87,7 @@ def _seal_anything(patch: Patch) -> None:
         free = {where: (self.moved[head.name].get(where, 0), to) for where, (_, to) in asked.consumed.items()}
         changed = type(asked)(
             asked.adapter, asked.epoch, head.next_index, asked.manifest, asked.trigger, asked.payload,
-            asked.payload_sha, free,
+            asked.payload_sha, free, asked.keyring, asked.root,
         )  # fmt: skip
         return real(self, changed)
 

@@ -10,17 +10,17 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 from unittest.mock import patch
 
 import msgspec
 
-from riverdelta.core import payload
 from riverdelta.core.errors import Unavailable
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe, Seal
 from riverdelta.core.settings import Settings, Streams
-from riverdelta.registry import written
+from riverdelta.registry import contents, gc, written
 from riverdelta.registry.ledger import Ledger
 from riverdelta.streams.intake import Intake, Read, Record
 from riverdelta.streams.items import Where
@@ -29,7 +29,7 @@ from riverdelta.streams.patience import Patience
 from riverdelta.streams.run import _floors
 from riverdelta.streams.worker import Worker
 
-from .memory import MemoryDelivery, MemoryLedger, MemoryStore
+from .memory import MemoryDelivery, MemoryKeys, MemoryLedger, MemoryStore
 
 KEY = SubjectKey(bytes(32))
 BUCKETS = 2
@@ -68,7 +68,7 @@ class Faulty:
                 world.collect()
                 return
             if fault < 0.2:
-                world.lost_payloads |= set(world.store.objects)
+                world.lose()
                 raise Crash
             raise Unavailable(when)
 
@@ -121,12 +121,13 @@ class World:
     rng: random.Random
     ledger: Any = field(default_factory=MemoryLedger)
     store: Any = field(default_factory=MemoryStore)
+    keys: Any = field(default_factory=MemoryKeys)
     delivery: MemoryDelivery = field(default_factory=MemoryDelivery)
     run: str = "run-0"
     parts: dict[int, list[Record]] = field(default_factory=lambda: {0: [], 1: [], 2: []})
     published: dict[tuple[str, int, int], dict[str, Any]] = field(default_factory=dict)
     junk: set[tuple[str, int, int]] = field(default_factory=set)
-    lost_payloads: set[str] = field(default_factory=set)  # written by a worker that died before it sealed
+    lost: set[str] = field(default_factory=set)  # payloads and keys written by a worker that died before it sealed
     events: int = 0
     now: float = 0.0
     fault_rate: float = 0.0
@@ -156,7 +157,12 @@ class World:
     def collect(self) -> None:
         """Everybody else sleeps for so long that what nothing names counts as left over."""
         self.now += 40.0
-        self.ledger.delete_unnamed(list(self.store.objects), self.store.delete)
+        held = [*self.store.objects, *(f"keys/{name}" for name in self.keys.held)]
+        self.ledger.delete_unnamed(held, partial(gc.delete, self.store, self.keys))
+
+    def lose(self) -> None:
+        """A worker dies: what it has written and not sealed stays."""
+        self.lost |= {*self.store.objects, *self.keys.held}
 
     def forget(self, subject: str, digests: tuple[str, ...] = ()) -> None:
         self.ledger.forget(KEY.subject(subject), ADAPTERS, digests)
@@ -168,10 +174,11 @@ class Session:
     def __init__(self, world: World, serial: int) -> None:
         self.world, self.serial, self.reads = world, serial, 0
         patience = Hasty(threading.Event())
-        ledger, store = cast(Ledger, Faulty(world.ledger, world)), cast(Any, Faulty(world.store, world))
+        ledger = cast(Ledger, Faulty(world.ledger, world))
+        store, keys = cast(Any, Faulty(world.store, world)), cast(Any, Faulty(world.keys, world))
         self.intake = Intake(KEY, BUCKETS)
         self.worker = Worker(
-            world.settings(), ledger, store, cast(Any, world.delivery), patience, METRICS, lambda _: None,
+            world.settings(), ledger, store, keys, cast(Any, world.delivery), patience, METRICS, lambda _: None,
             cast(Any, Sometime(world.rng)), lambda: world.now,
         )  # fmt: skip
         self.begin()
@@ -276,7 +283,7 @@ def _step(world: World, sessions: list[Session], session: Session, step: int, jo
     elif act < 0.91:  # a crash, or a worker taken for dead that goes on
         if len(sessions) > 1 or rng.random() < 0.7:
             sessions.remove(session)
-            world.lost_payloads |= set(world.store.objects)
+            world.lose()
         if rng.random() < 0.3:
             sessions.append(Session(world, step))
     elif act < 0.95 and forgets:
@@ -306,8 +313,8 @@ def check(world: World) -> None:
     """
     named: set[str] = set()
     entries = {name: _entries(world, name, named) for name in ADAPTERS if name in world.ledger.heads}
-    if orphans := set(world.store.objects) - named - world.lost_payloads:
-        raise Wrong(f"payloads that no segment names: {orphans}")
+    if orphans := ({*world.store.objects, *world.keys.held}) - named - world.lost:
+        raise Wrong(f"payloads and keys that no segment names: {orphans}")
     for name in ADAPTERS:
         _check_adapter(world, name, Counter(entries.get(name, ())))
     dead = {(letter.where[0], letter.where[1], letter.offset) for letter in world.delivery.letters}
@@ -319,11 +326,11 @@ def _entries(world: World, adapter: str, named: set[str]) -> list[Place]:
     following, places = 0, []
     suppressed = world.ledger.suppressed(adapter)
     for segment, manifest in world.ledger.manifests(adapter):
-        named.add(segment.payload)
+        named |= {segment.payload, segment.keyring}
         if segment.first != following:
             raise Wrong(f"{adapter} jumps from index {following} to {segment.first}")
         following += segment.count
-        held = payload.decode(world.store.get(segment.payload), segment.payload_sha)
+        held = contents.read_openings(world.store, world.keys, segment, manifest)
         for entry, content in zip(manifest.entries, held, strict=True):
             places.append((manifest.incarnations[entry.run], entry.partition, entry.offset))
             if entry.tombstone:

@@ -6,9 +6,10 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from riverdelta.core import payload
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore
+from riverdelta.registry import contents
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Forget, Ledger, Manifest, ManifestEntry, Seal, SegmentRecord
 from riverdelta.trainer.base import Base
 from riverdelta.trainer.metrics import Metrics
@@ -29,36 +30,47 @@ class Stack:
         self.store_url = f"file://{folder}/store"
         self.ledger = Ledger.open(self.ledger_url)
         self.store = ObjectStore(self.store_url)
+        self.keys = KeyStore(f"sqlite:///{folder}/keys/keys.db", bytes(32))
 
     def create(self, name: str, recipe: Recipe) -> None:
         """Make an adapter."""
         self.ledger.create(name, recipe, "test")
 
-    def seal(self, name: str, contents: Sequence[bytes | None], subjects: Sequence[str]) -> SegmentRecord:
+    def seal(self, name: str, said: Sequence[bytes | None], subjects: Sequence[str]) -> SegmentRecord:
         """Append a segment as the dataflow does: suppressed subjects arrive as tombstones."""
         subjects = [hashed(subject) for subject in subjects]
         head = self.ledger.adapter(name)
         gone = self.ledger.suppressed(name)
-        held = [None if subject in gone else content for content, subject in zip(contents, subjects, strict=True)]
-        data, digest = payload.encode(held)
-        key = f"segments/{name}/{uuid.uuid4().hex}.seg"
-        self.store.put(key, data)
+        held = [None if subject in gone else content for content, subject in zip(said, subjects, strict=True)]
         entries = tuple(
             ManifestEntry(0, 0, head.next_index + place, b"", (subject,), content is None)
             for place, (content, subject) in enumerate(zip(held, subjects, strict=True))
         )
         first = head.next_index
+        keys = uuid.uuid4().hex
+        made = contents.encrypt(keys, Manifest(("run",), entries), held)
+        key = f"segments/{name}/{keys}.seg"
+        self.keys.add({keys: made.keys})
+        self.store.put(key, made.data)
         moved = {("run", 0): (first, first + len(entries))}
-        (made,) = self.ledger.seal(
-            [Seal(name, head.epoch, first, Manifest(("run",), entries), "count", key, digest, moved)], "test"
-        )
-        assert isinstance(made, SegmentRecord), made
-        return made
+        seal = Seal(name, head.epoch, first, made.manifest, "count", key, made.digest, moved, keys, made.root)
+        (segment,) = self.ledger.seal([seal], "test")
+        assert isinstance(segment, SegmentRecord), segment
+        return segment
 
     def worker(self, base: Base, holder: str = "t0", released: Callable[[str], None] = str, most: int = 16) -> Worker:
         """A trainer on this stack."""
         return Worker(
-            self.ledger, self.store, base, self.folder / "trainer", holder, threading.Event(), released, Metrics(), most
+            self.ledger,
+            self.store,
+            self.keys,
+            base,
+            self.folder / "trainer",
+            holder,
+            threading.Event(),
+            released,
+            Metrics(),
+            most,
         )
 
     def forget(self, name: str, subject: str) -> Forget:

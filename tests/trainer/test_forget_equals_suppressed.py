@@ -192,7 +192,7 @@ def test_a_leaked_tombstone_is_caught(tmp_path: Path, base: Base, monkeypatch: p
     def leaky(self: Ledger, adapter: str, number: int, *args: int) -> Manifest:
         held = manifest(self, adapter, number, *args)
         first = msgspec.structs.replace(held.entries[0], tombstone=False)
-        return Manifest(held.incarnations, (first, *held.entries[1:]))
+        return msgspec.structs.replace(held, entries=(first, *held.entries[1:]))
 
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "manifest", leaky)

@@ -1,0 +1,75 @@
+"""Contents: the one way to write, read and erase what a segment's entries say, over payload and keys."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from riverdelta.core import merkle, payload
+from riverdelta.core.errors import Corrupt
+from riverdelta.core.store import ObjectStore
+
+from .keystore import KeyStore
+from .ledger import Forget, Ledger, Manifest, SegmentRecord
+
+
+@dataclass(frozen=True)
+class Written:
+    """A segment's encrypted contents, to be stored under `keys` and put into the manifest and the ledger."""
+
+    data: bytes
+    digest: str
+    keys: bytes
+    manifest: Manifest
+    root: str
+
+
+def encrypt(name: str, manifest: Manifest, contents: Sequence[bytes | None]) -> Written:
+    """A segment's payload with the manifest that commits to it; `name` is what its keys will be known by."""
+    made = payload.encode(name, [entry.mentions for entry in manifest.entries], contents)
+    committed = Manifest(manifest.incarnations, manifest.entries, made.leaves)
+    return Written(made.data, made.digest, made.keys, committed, merkle.root(committed.commitments).hex())
+
+
+def read(ledger: Ledger, store: ObjectStore, keys: KeyStore, segment: SegmentRecord) -> list[bytes | None]:
+    """A segment's contents in index order; what the ledger calls a tombstone is None.
+
+    `NotFound` where the payload or a live entry's key is gone: a forget that the caller has not seen yet, or a loss.
+    """
+    return [
+        None if opening is None else opening[payload.SALT_BYTES :]
+        for opening in read_openings(store, keys, segment, ledger.manifest(segment.adapter, segment.number))
+    ]
+
+
+def read_openings(store: ObjectStore, keys: KeyStore, segment: SegmentRecord, manifest: Manifest) -> list[bytes | None]:
+    """The same, each content behind its salt: what opens the commitment that the manifest holds."""
+    if len(manifest.entries) != segment.count:
+        raise Corrupt(
+            f"Segment {segment.number} of {segment.adapter} has {segment.count} entries, its manifest "
+            f"{len(manifest.entries)}.",
+            "Restore the ledger from a backup.",
+        )
+    return payload.decode(
+        store.get(segment.payload),
+        segment.payload_sha,
+        segment.keyring,
+        [entry.mentions for entry in manifest.entries],
+        [not entry.tombstone for entry in manifest.entries],
+        keys.get(segment.keyring),
+        manifest.leaves,
+    )
+
+
+def erase(ledger: Ledger, keys: KeyStore, forget: Forget) -> int:
+    """Delete the keys that no live entry of what a forget has reached needs any more; in how many segments there were
+    any. From here on nobody can read what was forgotten. To be repeated at will."""
+    changes = {}
+    for part in forget.body["doomed"]:
+        for number in part["segments"]:
+            segment, manifest = ledger.segment(part["adapter"], number), ledger.manifest(part["adapter"], number)
+            changes[segment.keyring] = partial(
+                payload.without_keys,
+                mentions=[entry.mentions for entry in manifest.entries],
+                live=[not entry.tombstone for entry in manifest.entries],
+            )
+    return keys.change(changes)

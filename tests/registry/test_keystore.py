@@ -1,0 +1,82 @@
+"""The key store: wrapped keys, their deletion down to the bytes on disk, and a KMS that guards the root key."""
+
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from riverdelta.core.errors import BadInput, Corrupt, NotFound, Unavailable
+from riverdelta.core.settings import Kafka, Settings
+from riverdelta.registry.keystore import CommandKms, KeyStore
+
+KEYS = {"one": bytes(range(32)) * 2, "two": bytes(range(32, 64))}
+# Not a cipher: what matters here is that the root key's bytes are nowhere in the clear.
+KMS = "import base64,sys; data=base64.b64decode(sys.stdin.read()); "
+KMS += "print(base64.b64encode(bytes(byte ^ 90 for byte in data)).decode())"
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Settings:
+    """Settings without a broker."""
+    return Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1"))
+
+
+def test_what_is_kept_is_found_again_and_readable_to_its_owner_alone(alone: Settings) -> None:
+    store = KeyStore.open(alone)
+    store.add(KEYS)
+    store.add({"one": bytes(64)})  # the same again, after a lost acknowledgement: nothing changes
+    again = KeyStore.open(alone)
+    assert {name: again.get(name) for name in KEYS} == KEYS
+    assert set(again.written()) == set(KEYS)
+    assert stat.S_IMODE((alone.keys_dir / "contents.key").stat().st_mode) == 0o600
+    assert not alone.data.exists()
+    files = b"".join(path.read_bytes() for path in alone.keys_dir.iterdir())
+    assert KEYS["two"] not in files
+
+
+def test_deleted_keys_leave_no_bytes_behind(alone: Settings) -> None:
+    store = KeyStore.open(alone)
+    store.add(KEYS)
+    store.scrub()
+    files = [alone.keys_dir / "keys.db", alone.keys_dir / "keys.db-wal"]
+    held = files[0].read_bytes()
+    [wrapped] = [held[at : at + 60] for at in [held.index(b"two") + 3]]  # nonce, 32 bytes and tag follow the name
+    assert store.change({"two": lambda keys: bytes(len(keys)), "nobody": lambda keys: keys}) == 1
+    assert store.change({"two": lambda keys: bytes(len(keys))}) == 0
+    store.delete(["one"])
+    store.scrub()
+    assert store.get("two") == bytes(32)
+    with pytest.raises(NotFound):
+        store.get("one")
+    assert not any(wrapped in path.read_bytes() for path in files)
+    assert files[1].read_bytes() == b""
+
+
+def test_another_root_key_opens_nothing(alone: Settings) -> None:
+    KeyStore.open(alone).add(KEYS)
+    with pytest.raises(Corrupt, match="root key"):
+        KeyStore(alone.keys_url, bytes(32)).get("one")
+    (alone.keys_dir / "contents.key").write_bytes(b"short")
+    with pytest.raises(Corrupt, match="5 bytes"):
+        KeyStore.open(alone)
+
+
+def test_a_kms_guards_the_root_key(alone: Settings, tmp_path: Path) -> None:
+    script = tmp_path / "kms.py"
+    script.write_text(KMS)
+    alone.registry.kms = f"{sys.executable} {script}"
+    KeyStore.open(alone).add(KEYS)
+    assert KeyStore.open(alone).get("two") == KEYS["two"]
+    wrapped = (alone.keys_dir / "contents.key.wrapped").read_bytes()
+    assert len(CommandKms(alone.registry.kms).unwrap(wrapped)) == 32
+    assert not (alone.keys_dir / "contents.key").exists()
+    script.write_text("raise SystemExit('the vault is sealed')")
+    with pytest.raises(Unavailable, match="vault is sealed"):
+        KeyStore.open(alone)
+
+
+def test_the_ledger_is_no_place_for_keys(alone: Settings) -> None:
+    alone.registry.keys = alone.ledger_url
+    with pytest.raises(BadInput, match="database of its own"):
+        KeyStore.open(alone)
