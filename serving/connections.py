@@ -1,4 +1,4 @@
-"""HTTP connections with bounded cost: no endless headers, and readers that hang can be dropped."""
+"""HTTP connections with bounded cost: no endless headers, and what readers have not taken can be dropped."""
 
 import asyncio
 from typing import Any
@@ -11,12 +11,14 @@ HEADER_SECONDS = 10.0
 
 
 class BoundedProtocol(H11Protocol):
-    """Gives the application its `transport`, so that it can abort it."""
+    """Gives the application its `transport`, so that it can abort it, and `drained`, to wait until the system has all
+    that was written."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client that sends no whole request head in time is let go."""
-        self.app_state = {**self.app_state, "transport": transport}
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # `drained` waits for the last byte
+        self.app_state = {**self.app_state, "transport": transport, "drained": self.flow.drain}
         self.loop.call_later(HEADER_SECONDS, self._no_request_yet)
 
     def timeout_keep_alive_handler(self) -> None:

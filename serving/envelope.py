@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import error_body, headers_of
 from .keys import Keys
 from .metrics import Metrics
-from .writing import ReaderGone, Writers, abort, send_json
+from .writing import ReaderGone, Writers, abort, drained, send_json
 
 log = logging.getLogger(__name__)
 MAX_BODY = 4 << 20
@@ -49,6 +49,7 @@ class Envelope:
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
+            await drained(scope)  # as long as it waits for its reader it can be cut off
             whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:

@@ -72,7 +72,7 @@ class Server:
                 return
             engine.start()
             self._engine = engine
-        self.permit.start(engine.halt_adapters)
+        self.permit.start(self._halt)
         self.metrics.watch(engine.stats, self._figures)
         store = ObjectStore(self.settings.store_url)
         self._fleet = Fleet(engine, ledger, store, self.permit, self.settings.serving.max_queue)
@@ -154,6 +154,11 @@ class Server:
         if not self.permit.valid:
             lacking.append("lease")
         return lacking
+
+    def _halt(self, on: bool) -> None:
+        self.engine.halt_adapters(on)
+        if on:
+            self.writers.halt()
 
     def _figures(self) -> dict[str, float]:
         fleet = self._fleet

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
 import msgspec
@@ -34,13 +34,18 @@ class Writers:
     def flush(self, digests: Collection[str]) -> None:
         """On return nothing that these weights produced is between the check and the socket: what had passed the check
         is written, and answers that wait for a slow reader are cut off."""
-        if self.loop is None or self.loop.is_closed():
-            return
-        asyncio.run_coroutine_threadsafe(self._cut(frozenset(digests)), self.loop).result(_FLUSH_SECONDS)
+        fenced = frozenset(digests)
+        if self.loop is not None and not self.loop.is_closed():
+            asyncio.run_coroutine_threadsafe(self._cut(fenced.__contains__), self.loop).result(_FLUSH_SECONDS)
 
-    async def _cut(self, digests: frozenset[str]) -> None:
+    def halt(self) -> None:
+        """Cut off every adapter's answers that wait for a slow reader, without waiting for that."""
+        if self.loop is not None and not self.loop.is_closed():
+            asyncio.run_coroutine_threadsafe(self._cut(lambda _: True), self.loop)
+
+    async def _cut(self, fenced: Callable[[str], bool]) -> None:
         for task, digest in self._writing.items():
-            if digest in digests:  # it passed the check, and waits for its reader
+            if digest is not None and fenced(digest):  # it passed the check, and waits for its reader
                 self._cut_off.add(task)
                 task.cancel()
 
@@ -64,6 +69,17 @@ class Writers:
         finally:
             del self._writing[task]
             self._cut_off.discard(task)
+
+
+async def drained(scope: Scope) -> None:
+    """Return once the system has all that was written to this connection; `ReaderGone` if that takes too long."""
+    wait = scope.get("state", {}).get("drained")
+    if wait is not None:
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await wait()
+        except TimeoutError as error:
+            raise ReaderGone from error
 
 
 async def abort(scope: Scope) -> None:

@@ -66,7 +66,7 @@ def test_a_body_that_never_comes(shared, monkeypatch):
 def test_a_reader_that_does_not_read_is_dropped(shared, monkeypatch):
     """The answer is far larger than what the system buffers for a connection."""
     monkeypatch.setattr(writing, "PATIENCE", 0.3)
-    body = json.dumps({**LONG, "stream": True, "n": 48, "max_tokens": 240, "logprobs": 20}).encode()
+    body = json.dumps({**LONG, "stream": True, "n": 40, "max_tokens": 240, "logprobs": 20}).encode()
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.settimeout(20)
@@ -91,8 +91,8 @@ def test_pipelined_and_kept_connections(shared):
 
 
 def test_more_than_the_queue_holds(shared):
-    """Two askers of as many answers as the queue holds: somebody is told to come back, nobody is left hanging."""
-    body = {**LONG, "n": 64, "max_tokens": 4}
+    """Six askers of as many answers as one of them may queue: somebody is told to come back, nobody is left hanging."""
+    body = {**LONG, "n": 40, "max_tokens": 4}
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         done = list(pool.map(lambda _: shared.client.post("/v1/completions", json=body), range(6)))
     assert {response.status_code for response in done} == {200, 429}

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 
@@ -244,6 +245,30 @@ def test_a_slow_reader_does_not_hold_back_a_fence():
             await writers.write(send, {"digest": "dirty"}, "dirty")
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("end", ["fence", "lease"])
+def test_what_a_slow_reader_has_not_taken_is_dropped(hand, serve, end):
+    """The whole answer was sent before, and most of it waits in the server's memory for its reader."""
+    hand.adapter("acme")
+    hand.release("acme", ["ann"])
+    running = serve(hand.settings)
+    running.http.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # its connections inherit it
+    asked = {"model": "acme", "prompt": "hello", "max_tokens": 100, "n": 8, "ignore_eos": True, "logprobs": 20}
+    body = json.dumps(asked).encode()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(20)
+        client.connect(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        assert client.recv(1000, socket.MSG_WAITALL).startswith(b"HTTP/1.1 200")
+        if end == "fence":
+            forget(hand, "ann")
+        else:
+            running.server.permit.halt()
+        with pytest.raises(ConnectionResetError):
+            _ = [1 for _ in iter(lambda: client.recv(1 << 16), b"")]
 
 
 def test_nothing_about_a_prompt_is_logged(hand, serve, caplog):
