@@ -27,7 +27,7 @@ demo: setup ## Run the story: events become live, forgettable adapters
 	@$(BIN)/riverdelta demo
 
 test: setup ## Run every test but the soak
-	@$(BIN)/pytest -m "not soak"
+	@$(BIN)/pytest -m "not soak" -n auto --maxprocesses 4 --dist loadfile
 
 check: setup ## Lint, format, types, import rules, doctests
 	@$(BIN)/ruff check .
