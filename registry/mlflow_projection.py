@@ -7,16 +7,17 @@ numbers its versions by itself. What others keep in the same MLflow is left alon
 import logging
 import tempfile
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from riverdelta.core.digests import canonical_json
+from riverdelta.core.digests import canonical_json, digest_of
 from riverdelta.core.errors import Conflict, Corrupt, NotFound, Refused
 from riverdelta.core.store import ObjectStore, weights_key
+from riverdelta.core.telemetry import now
 
-from .ledger import AdapterRecord, Ledger, VersionRecord
+from .ledger import AdapterRecord, Ledger, Outcome, SegmentRecord, VersionRecord
 from .mlflow_store import MlflowStore
 from .peft_io import write_peft_folder
 
@@ -27,6 +28,19 @@ FOLDER = "adapter"
 _VERSION = "riverdelta.version"
 _DIGEST = "riverdelta.digest"
 _REVOKED = "riverdelta.revoked"
+_GATE = "riverdelta.gate"
+_MEASURED = (
+    "prequential",
+    "learned",
+    "surprise",
+    "surprise_bound",
+    "earlier_before",
+    "earlier_after",
+    "earlier_worse",
+    "questions_before",
+    "questions_after",
+    "rejected",
+)
 
 
 class Projection:
@@ -71,7 +85,8 @@ class Projection:
             live = str(found[head.release].version) if head.release in found else ""
             if aliases.get(LIVE, "") != live:
                 self._mlflow.set_alias(adapter, LIVE, live)
-            body = {"versions": {str(v.number): _mark(v) for v in versions.values()}, "live": live}
+            gate = self._project_gate(adapter, notes.get("gate", []), versions)
+            body = {"versions": {str(v.number): _mark(v) for v in versions.values()}, "live": live, "gate": gate}
             self._ledger.mark_projected(adapter, head.head, body, was=seq)
 
     def adopt(self) -> list[str]:
@@ -108,6 +123,8 @@ class Projection:
             left = []
             experiment = self._mlflow.ensure_experiment(adapter)
             runs = self._mlflow.runs(experiment, _VERSION)
+            if versions:
+                self._erase_gate(adapter, experiment)
             for held in self._mlflow.model_versions(adapter) if adapter in self._mlflow.aliases(LIVE) else ():
                 if held.tags.get(_VERSION) in map(str, versions):
                     self._mlflow.delete_model_version(adapter, held.version, held.tags)
@@ -140,7 +157,7 @@ class Projection:
                 self._mlflow.tag_model_version(head.name, held.version, held.tags, tags)
 
     def _project_run(self, head: AdapterRecord, version: VersionRecord, experiment: str, run: Any) -> Any:
-        at = int(datetime.fromisoformat(version.made_at).timestamp() * 1000)
+        at = _milliseconds(version.made_at)
         if run is None:
             run = self._mlflow.create_run(experiment, f"{head.name}@{version.number}", at, _tags(version))
         self._mlflow.restore_run(run)
@@ -154,6 +171,33 @@ class Projection:
         self._mlflow.log(run, _flat(head.recipe), _curves(version.metrics), at)
         self._mlflow.end_run(run, at)
         return run
+
+    # -- the gate --------------------------------------------------------------------------------------------
+
+    def _project_gate(self, adapter: str, shown: list[str], versions: Mapping[int, VersionRecord]) -> list[str]:
+        """A run of the adapter's gate, whose curves have a point for each segment judged; made anew where one has been
+        judged again since. `shown` and what is returned mark the points."""
+        points = list(_judged(self._ledger.segments(adapter), versions))
+        marks = [digest_of([number, figures])[:16] for number, figures in points]
+        if marks == shown:
+            return marks
+        experiment = self._mlflow.ensure_experiment(adapter)
+        if not shown or marks[: len(shown)] != shown:
+            self._erase_gate(adapter, experiment)
+            shown = []
+        run = self._mlflow.runs(experiment, _GATE).get(adapter)
+        if run is None:
+            run = self._mlflow.create_run(experiment, f"{adapter} gate", _milliseconds(now()), {_GATE: adapter})
+            shown = []
+        self._mlflow.log_points(run, points[len(shown) :], _milliseconds(now()))
+        return marks
+
+    def _erase_gate(self, adapter: str, experiment: str) -> None:
+        run = self._mlflow.runs(experiment, _GATE).get(adapter)
+        if run is not None:
+            self._mlflow.erase_run(run)
+            seq, notes = self._ledger.projected(adapter)
+            self._ledger.mark_projected(adapter, seq, {**notes, "gate": []})
 
 
 def ask_for_repair(ledger: Ledger) -> None:
@@ -178,6 +222,21 @@ def _by_number(listed: list[Any], versions: Mapping[int, VersionRecord]) -> dict
     return found
 
 
+def _judged(
+    segments: Iterable[SegmentRecord], versions: Mapping[int, VersionRecord]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Per segment that was learned or that the gate set aside, what the gate measured."""
+    for segment in segments:
+        learned = segment.outcome is Outcome.TRAINED and segment.version is not None
+        figures = versions[segment.version].metrics if learned and segment.version else segment.metrics
+        if "rejected" in figures:
+            yield segment.number, {key: figures[key] for key in _MEASURED if key in figures}
+
+
+def _milliseconds(at: str) -> int:
+    return int(datetime.fromisoformat(at).timestamp() * 1000)
+
+
 def _model_tags(head: AdapterRecord) -> dict[str, str]:
     return {"riverdelta.recipe": head.recipe_digest, "riverdelta.created": head.created_at}
 
@@ -200,11 +259,11 @@ def _curves(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A recipe's fields as MLflow's parameters, e.g. `lora.rank`."""
+    """A recipe's fields as MLflow's parameters, e.g. `lora.rank`; of questions, how many there are."""
     flat: dict[str, Any] = {}
     for key, value in recipe.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[prefix + key] = len(value) if key == "questions" else value
     return flat

@@ -162,6 +162,20 @@ class MlflowStore:
             for first in range(0, len(points), _METRICS_A_CALL):
                 self._client.log_batch(run.info.run_id, metrics=points[first : first + _METRICS_A_CALL])
 
+    def log_points(self, run: Any, points: Iterable[tuple[int, Mapping[str, float]]], at: int) -> None:
+        """Points of curves, each a step with its figures."""
+        from mlflow.entities import Metric
+
+        listed = [
+            Metric(key, float(value), at, step)
+            for step, figures in points
+            for key, value in figures.items()
+            if _is_number(value)
+        ]
+        with self._told():
+            for first in range(0, len(listed), _METRICS_A_CALL):
+                self._client.log_batch(run.info.run_id, metrics=listed[first : first + _METRICS_A_CALL])
+
     def end_run(self, run: Any, at: int) -> None:
         """Mark a run finished."""
         if run.info.status != "FINISHED":

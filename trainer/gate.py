@@ -5,7 +5,7 @@ function of the log, so a replay comes to the same verdicts.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,27 +20,41 @@ from .adapter import AdapterWeights
 from .base import Base
 from .increment import Learner, row_of
 from .layout import Row, spread
-from .scoring import score
-from .verdict import Compared, Evidence, verdict
+from .scoring import Score, score
+from .verdict import Compared, Evidence, says_one_thing, verdict
 
 BY_HAND = "Discarded by hand."
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A verdict, empty when the candidate is accepted, and the figures that it rests on."""
+    """A verdict, empty when the candidate is accepted, the figures that are kept of it, and all that it rests on."""
 
     rejected: str
     metrics: dict[str, Any]
+    evidence: Evidence | None = None
+
+
+def usual_of(metrics: Iterable[Mapping[str, Any]]) -> list[float]:
+    """How surprising the segments of versions were, given the versions' metrics."""
+    return [float(held["surprise"]) for held in metrics if "surprise" in held]
 
 
 class Gate:
     """Made before the first step of an increment, with the parent's losses; asked when the last step is done."""
 
     def __init__(
-        self, base: Base, recipe: Recipe, seed: int, learner: Learner, earlier: Sequence[bytes | None], hand: Hand
+        self,
+        base: Base,
+        recipe: Recipe,
+        seed: int,
+        learner: Learner,
+        earlier: Sequence[bytes | None],
+        usual: Sequence[float],
+        hand: Hand,
     ) -> None:
-        """`learner` has taken no step yet. Of `earlier`, only the sample is looked at."""
+        """`learner` has taken no step yet. Of `earlier`, only the sample is looked at; `usual` is the surprise of the
+        segments that the parent and its ancestors learned, in order."""
         self._base, self._recipe, self._learner, self._hand = base, recipe.gate, learner, hand
         longest = recipe.training.max_length
         start = seed_of(seed, "gate", learner.optimiser.position)
@@ -51,23 +65,31 @@ class Gate:
             [row for entry in sample if (row := row_of(base.tokenizer, entry, longest)) is not None],
             [row for each in questions if (row := row_of(base.tokenizer, each, longest)) is not None],
         )
+        self._usual = tuple(usual)
         self._before = self._scores(learner.weights)
 
     def judge(self) -> Judged:
         """The verdict about what the learner has come to; a person's word stands above it."""
         after = self._scores(self._learner.weights)
-        evidence = Evidence(*(Compared(was, now) for was, now in zip(self._before, after, strict=True)))
+        segment, earlier, questions = (
+            Compared(tuple(each.loss for each in was), tuple(each.loss for each in now))
+            for was, now in zip(self._before, after, strict=True)
+        )
+        rows = self._rows[0]
+        surprises = tuple(each.surprise for each in self._before[0])
+        repetitive = sum(says_one_thing(row.answer) for row in rows) / len(rows) if rows else 0.0
+        evidence = Evidence(segment, surprises, repetitive, self._usual, earlier, questions)
         reason = verdict(self._recipe, evidence)
-        metrics = {**evidence.metrics, "rejected": int(bool(reason))}
+        metrics = {**evidence.metrics(self._recipe), "rejected": int(bool(reason))}
         if self._hand is Hand.ACCEPT:
             reason = ""
-        return Judged(reason, metrics)
+        return Judged(reason, metrics, evidence)
 
-    def _scores(self, weights: AdapterWeights) -> list[tuple[float, ...]]:
+    def _scores(self, weights: AdapterWeights) -> list[list[Score]]:
         ends = [0]
         rows: list[Row] = []
         for some in self._rows:
             rows += some
             ends.append(len(rows))
         scores = score(self._base, weights, rows)
-        return [tuple(scores[first:last]) for first, last in pairwise(ends)]
+        return [scores[first:last] for first, last in pairwise(ends)]

@@ -13,13 +13,17 @@ from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger, SegmentRecord, Work
 from riverdelta.registry.ledger.decisions import lineage
 
+from .gate import usual_of
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """Contents in index order, None for tombstones, and the parent's files, None for what it does not have."""
+    """Contents in index order, None for tombstones, how surprising the lineage's segments were, and the parent's files,
+    None for what it does not have."""
 
     entries: list[bytes | None]
     earlier: "Earlier"
+    usual: list[float]
     weights: bytes | None
     state: bytes | None
 
@@ -63,16 +67,19 @@ def read_inputs(ledger: Ledger, store: ObjectStore, keys: KeyStore, work: Work) 
     """Everything that a piece of work needs; `NotFound` or `Corrupt` where the store does not hold it."""
     parent, name = work.parent, work.adapter.name
     learned: list[SegmentRecord] = []
+    usual: list[float] = []
     weights = state = None
     if parent is not None:
         versions = ledger.versions(name)
-        numbers = [versions[number].segment for number in reversed(lineage(versions, parent.number))]
+        line = [versions[number] for number in reversed(lineage(versions, parent.number))]
+        numbers = [version.segment for version in line]
+        usual = usual_of(version.metrics for version in line)
         learned = [ledger.segment(name, number) for number in numbers if number is not None]
         weights = _checked(store.get(weights_key(parent.digest)), parent.digest)
         if parent.state:
             state = _checked(store.get(state_key(parent.state)), parent.state)
     entries = contents.read(ledger, store, keys, work.segment)
-    return Inputs(entries, Earlier(ledger, store, keys, learned), weights, state)
+    return Inputs(entries, Earlier(ledger, store, keys, learned), usual, weights, state)
 
 
 def _checked(data: bytes, digest: str) -> bytes:

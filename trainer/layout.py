@@ -25,6 +25,11 @@ class Row:
         return self.targets > 0
 
     @property
+    def answer(self) -> tuple[int, ...]:
+        """The tokens that have loss, without the last one, which ends it."""
+        return tuple(label for label in self.labels[1:] if label != IGNORE)[:-1]
+
+    @property
     def targets(self) -> int:
         """How many tokens have loss; the first one never has, as nothing predicts it."""
         return sum(label != IGNORE for label in self.labels[1:])

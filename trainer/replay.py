@@ -11,7 +11,7 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.registry.ledger import Hand
 
 from .base import Base
-from .gate import BY_HAND, Gate, Judged
+from .gate import BY_HAND, Gate, Judged, usual_of
 from .increment import Candidate, Learner, Untrainable, step
 
 Told = Callable[[int, int], None]
@@ -43,15 +43,17 @@ def replay(
     done: list[Replayed] = []
     weights = state = None
     earlier: list[bytes | None] = []
+    usual: list[float] = []
     last = Replayed("", "", ())
     for number, entries in enumerate(segments):
         if told is not None:
             told(number, len(segments))
         hand = hands[number] if hands else Hand.NONE
-        made, rejected = _increment(base, recipe, seed, entries, earlier, weights, state, hand)
+        made, judged = _increment(base, recipe, seed, entries, earlier, usual, weights, state, hand)
         if made is None:
-            done.append(Replayed(last.digest, last.state_digest, (), rejected))
+            done.append(Replayed(last.digest, last.state_digest, (), judged.rejected))
             continue
+        usual += usual_of([judged.metrics])
         weights, state = made.weights, made.state
         earlier += entries
         last = Replayed(made.digest, made.state_digest, made.losses)
@@ -65,20 +67,21 @@ def _increment(
     seed: int,
     entries: Sequence[bytes | None],
     earlier: Sequence[bytes | None],
+    usual: Sequence[float],
     weights: bytes | None,
     state: bytes | None,
     hand: Hand,
-) -> tuple[Candidate | None, str]:
-    """The candidate, or why there is none."""
+) -> tuple[Candidate | None, Judged]:
+    """The candidate, if there is one, and what the gate says."""
     if hand is Hand.DISCARD:
-        return None, BY_HAND
+        return None, Judged(BY_HAND, {})
     learner = Learner(base, recipe, seed, entries, earlier, weights, state)
-    gate = Gate(base, recipe, seed, learner, earlier, hand) if recipe.gate.on else None
+    gate = Gate(base, recipe, seed, learner, earlier, usual, hand) if recipe.gate.on else None
     while not learner.done:
         step(base, [learner])
     try:
         made = learner.candidate()
     except Untrainable as error:
-        return None, str(error)
+        return None, Judged(str(error), {})
     judged = gate.judge() if gate is not None else Judged("", {})
-    return (None, judged.rejected) if judged.rejected else (made, "")
+    return (None if judged.rejected else made), judged

@@ -1,6 +1,7 @@
 """Losses without learning: what weights make of rows, a function of both alone."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +34,19 @@ def tiles(hidden: Tensor, *others: Tensor) -> Iterator[tuple[int, tuple[Tensor, 
         )
 
 
+class Score(NamedTuple):
+    """Means over a row's targets, in nats a token: its loss, and how far that lies above the loss that the model itself
+    expected, which is the entropy of its predictions. A model that is calibrated is not surprised by what is new to it;
+    it is by what contradicts it."""
+
+    loss: float
+    surprise: float
+
+
 @torch.no_grad()
-def score(base: Base, weights: AdapterWeights | None, rows: Sequence[Row]) -> list[float]:
-    """The mean loss of each row over its targets, in nats a token; `weights` None is the base itself."""
-    scores: list[float] = []
+def score(base: Base, weights: AdapterWeights | None, rows: Sequence[Row]) -> list[Score]:
+    """The score of each row; `weights` None is the base itself."""
+    scores: list[Score] = []
     for some in _passes(rows):
         batch = arrange([some], filler=0)
         tokens, positions, keep, targets = (
@@ -49,7 +59,7 @@ def score(base: Base, weights: AdapterWeights | None, rows: Sequence[Row]) -> li
         # The layout puts rows of one bucket side by side; the scores go back to the rows' own order.
         order = sorted(range(len(some)), key=lambda place: (bucket(len(some[place].tokens)), place))
         parts = torch.split(losses.double().cpu(), [some[place].targets for place in order])
-        means = {place: float(part.sum()) / len(part) for place, part in zip(order, parts, strict=True)}
+        means = {place: Score(*(part.sum(0) / len(part)).tolist()) for place, part in zip(order, parts, strict=True)}
         scores += [means[place] for place in range(len(some))]
     return scores
 
@@ -71,5 +81,7 @@ def _passes(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def _losses(base: Base, places: Tensor, wanted: Tensor) -> Tensor:
-    logits = base.logits(places).float()
-    return logits.logsumexp(-1) - logits[torch.arange(len(wanted), device=wanted.device), wanted]
+    """[rows, 2]: each place's loss, and that less its expectation."""
+    likely = base.logits(places).float().log_softmax(-1)
+    loss = -likely[torch.arange(len(wanted), device=wanted.device), wanted]
+    return torch.stack([loss, loss + (likely.exp() * likely).sum(-1)], -1)

@@ -3,10 +3,14 @@
 Every number is a mean loss of one row in nats a token, so that a figure means the same for every base and length.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
 from riverdelta.core.recipe import Gate
+
+# So many accepted segments of the lineage say what is usual, and fewer than so many say nothing.
+_RECENT, _FEWEST = 16, 4
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,20 @@ class Compared:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a candidate is judged by: the new segment, a sample of earlier entries, the operator's questions."""
+    """What a candidate is judged by: the new segment, a sample of earlier entries, the operator's questions.
+
+    `surprises` are the parent's at the segment's rows, and `usual` what accepted segments of the lineage had for a
+    median of them, in order. `repetitive` is the share of rows whose answer says one thing over and over.
+    """
 
     segment: Compared
+    surprises: tuple[float, ...] = ()
+    repetitive: float = 0.0
+    usual: tuple[float, ...] = ()
     earlier: Compared = Compared()
     questions: Compared = Compared()
 
-    @property
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, gate: Gate) -> dict[str, float]:
         """The figures that are kept of it; `prequential` is the segment's loss before it was learned."""
         means = {
             "prequential": self.segment.before,
@@ -41,12 +51,44 @@ class Evidence:
             "questions_before": self.questions.before,
             "questions_after": self.questions.after,
         }
-        return {name: round(fmean(losses), 6) for name, losses in means.items() if losses}
+        held = {name: fmean(losses) for name, losses in means.items() if losses}
+        if self.surprises:
+            held |= {"surprise": median(self.surprises), "repetitive": self.repetitive}
+        if self.bound is not None:
+            held["surprise_bound"] = self.bound + gate.tolerance
+        if self.earlier.before:
+            held["earlier_worse"] = self.earlier.worse(gate.tolerance)
+        return {name: round(value, 6) for name, value in held.items()}
+
+    @property
+    def bound(self) -> float | None:
+        """What the lineage lets expect of a segment's median surprise at most, before any tolerance; None while too
+        few segments tell. Robust against a few that were not usual."""
+        recent = self.usual[-_RECENT:]
+        if len(recent) < _FEWEST:
+            return None
+        middle = median(recent)
+        return middle + 3 * 1.4826 * median(abs(each - middle) for each in recent)
+
+
+def says_one_thing(answer: Sequence[int]) -> bool:
+    """Whether an answer's tokens repeat one phrase: at most a third of their triples differ.
+
+    >>> says_one_thing([7, 8] * 6), says_one_thing([1, 2, 3, 4, 5, 6, 7, 8])
+    (True, False)
+    """
+    triples = list(zip(answer, answer[1:], answer[2:], strict=False))
+    return len(triples) >= 4 and len(set(triples)) * 3 <= len(triples)
 
 
 def verdict(gate: Gate, evidence: Evidence) -> str:
     """Why the candidate is rejected; empty where it is accepted."""
     segment, earlier, questions = evidence.segment, evidence.earlier, evidence.questions
+    if len(segment.before) >= gate.least:
+        if evidence.repetitive > gate.share:
+            return "Most of its answers say one thing over and over."
+        if evidence.bound is not None and median(evidence.surprises) > evidence.bound + gate.tolerance:
+            return "Most of it contradicts what the parent is sure of, far more than its segments do."
     if segment.before and fmean(segment.after) > fmean(segment.before) + gate.tolerance:
         return "The candidate does worse on the very segment that it learned."
     if len(earlier.before) >= gate.least and earlier.worse(gate.tolerance) > gate.share:

@@ -219,7 +219,9 @@ class Worker:
         inputs = read_inputs(self._ledger, self._store, self._keys, work)
         recipe, seed = Recipe.from_dict(work.adapter.recipe), work.adapter.seed
         learner = Learner(self._base, recipe, seed, inputs.entries, inputs.earlier, inputs.weights, inputs.state)
-        gate = Gate(self._base, recipe, seed, learner, inputs.earlier, work.segment.hand) if recipe.gate.on else None
+        gate = None
+        if recipe.gate.on:
+            gate = Gate(self._base, recipe, seed, learner, inputs.earlier, inputs.usual, work.segment.hand)
         return learner, gate, {work.segment.number, *inputs.earlier.used}
 
     def _key(self, work: Work) -> str:

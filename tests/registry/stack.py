@@ -86,7 +86,7 @@ class Stack:
                 state_digest,
                 (),
                 {},
-                {"losses": [2.0, 1.0], "steps": 2},
+                {"losses": [2.0, 1.0], "steps": 2, "prequential": 2.5, "rejected": 0},
             )
             self.ledger.commit(made, "trainer")
             done += 1

@@ -21,7 +21,7 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Kafka, Settings
 from riverdelta.registry import contents, operations
 from riverdelta.registry.keeper import Keeper, run
-from riverdelta.registry.ledger import Outcome, Stage
+from riverdelta.registry.ledger import Cause, Hand, Outcome, Stage
 from tests.registry.stack import Stack, two_versions, wait
 
 
@@ -72,6 +72,35 @@ def test_mlflow_shows_the_ledger_and_is_repaired(alone: Settings, tmp_path: Path
     assert mlflow.get_model_version_by_alias("acme", "live").tags["riverdelta.digest"] == digests["2"]
     assert live(alone) == "2"
     assert mlflow.get_registered_model("acme").tags["team"] == "support"
+
+
+def test_mlflow_shows_what_the_gate_decided(alone: Settings) -> None:
+    stack = two_versions(alone)
+    stack.seal("acme", [("cy", "nonsense")])
+    measured = {"prequential": 7.5, "rejected": 1}
+    stack.ledger.set_aside("acme", 3, 0, 2, Cause.GATE, "It is worse.", "trainer", measured)
+    projection = keeper_of(stack).projection
+    projection.catch_up()
+
+    def curve(name: str) -> list[tuple[int, float]]:
+        mlflow = client(alone)
+        experiment = mlflow.get_experiment_by_name("riverdelta/acme").experiment_id
+        [run] = mlflow.search_runs([experiment], "tags.`riverdelta.gate` = 'acme'")
+        return [(point.step, point.value) for point in mlflow.get_metric_history(run.info.run_id, name)]
+
+    assert curve("rejected") == [(1, 0), (2, 0), (3, 1)]
+    assert curve("prequential") == [(1, 2.5), (2, 2.5), (3, 7.5)]
+    stack.seal("acme", [("cy", "sense")])
+    stack.train("acme")
+    projection.catch_up()
+    assert curve("rejected") == [(1, 0), (2, 0), (3, 1), (4, 0)]
+    stack.ledger.decide_by_hand("acme", 3, Hand.ACCEPT, "op")
+    projection.catch_up()
+    assert curve("rejected") == [(1, 0), (2, 0)]
+    projection.repair()
+    stack.train("acme")
+    projection.catch_up()
+    assert curve("rejected") == [(1, 0), (2, 0), (3, 0), (4, 0)]
 
 
 def test_an_artifact_loads_in_peft(alone: Settings, tiny_base: Path) -> None:
