@@ -40,12 +40,15 @@ class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Training(Struct, frozen=True, forbid_unknown_fields=True):
-    """`passes` over a segment, `micro_batch` of its entries to a step, and `rehearse` earlier ones with them; rows are
+    """`near` times the divergence KL(adapter || base) of the predictions joins the loss (0: the base is not asked).
+
+    `passes` over a segment, `micro_batch` of its entries to a step, and `rehearse` earlier ones with them; rows are
     cut at `max_length` tokens."""
 
     passes: Positive = 10
     micro_batch: Positive = 8
     rehearse: Annotated[int, Meta(ge=0)] = 8
+    near: Annotated[float, Meta(ge=0)] = 0.0
     max_length: Annotated[int, Meta(ge=8, le=8192)] = 512
 
 

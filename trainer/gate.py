@@ -60,7 +60,7 @@ class Gate:
         start = seed_of(seed, "gate", learner.optimiser.position)
         sample = [earlier[slot] for slot in spread(len(earlier), recipe.gate.sample, start)]
         questions = [json.dumps(msgspec.structs.asdict(each)).encode() for each in recipe.gate.questions]
-        self._rows = (
+        self.rows = (
             [row for row in learner.rows if row is not None],
             [row for entry in sample if (row := row_of(base.tokenizer, entry, longest)) is not None],
             [row for each in questions if (row := row_of(base.tokenizer, each, longest)) is not None],
@@ -75,7 +75,7 @@ class Gate:
             Compared(tuple(each.loss for each in was), tuple(each.loss for each in now))
             for was, now in zip(self._before, after, strict=True)
         )
-        rows = self._rows[0]
+        rows = self.rows[0]
         surprises = tuple(each.surprise for each in self._before[0])
         repetitive = sum(says_one_thing(row.answer) for row in rows) / len(rows) if rows else 0.0
         evidence = Evidence(segment, surprises, repetitive, self._usual, earlier, questions)
@@ -88,7 +88,7 @@ class Gate:
     def _scores(self, weights: AdapterWeights) -> list[list[Score]]:
         ends = [0]
         rows: list[Row] = []
-        for some in self._rows:
+        for some in self.rows:
             rows += some
             ends.append(len(rows))
         scores = score(self._base, weights, rows)

@@ -80,6 +80,7 @@ class Learner:
         if parent_state is not None:
             self.optimiser.load(parent_state)
         training = recipe.training
+        self.near = training.near
         self.plan = plan(len(entries), len(earlier), training, seed, self.optimiser.position)
         self.rows = [row_of(base.tokenizer, entry, training.max_length) for entry in entries]
         self.rehearsed = {
@@ -198,9 +199,15 @@ def step(base: Base, learners: Sequence[Learner]) -> None:
         torch.tensor(values, device=base.device)
         for values in (batch.tokens, batch.positions, batch.keep, batch.targets)
     )
+    asked = None
+    if any(learner.near for learner, _ in groups):
+        with torch.no_grad():
+            plain = [Member({}, size) for size in batch.tokens_each]
+            asked = base.hidden(tokens, positions, plain, batch.blocks)[keep]
     with torch.enable_grad():
         hidden = base.hidden(tokens, positions, members, batch.blocks)[keep]
-        losses, slope = _losses(base, hidden.detach(), targets, batch)
+        near = [learner.near for learner, _ in groups]
+        losses, slope = _losses(base, hidden.detach(), targets, batch, near, asked)
         leaves = [leaf for learner, _ in groups for leaf in learner.weights.leaves]
         gradients = torch.autograd.grad(hidden, leaves, slope)
     for (learner, _), loss, size in zip(groups, losses, batch.tokens_each, strict=True):
@@ -208,17 +215,30 @@ def step(base: Base, learners: Sequence[Learner]) -> None:
         learner.learn(loss, own, size)
 
 
-def _losses(base: Base, hidden: Tensor, targets: Tensor, batch: Batch) -> tuple[list[float], Tensor]:
+def _losses(
+    base: Base, hidden: Tensor, targets: Tensor, batch: Batch, near: Sequence[float], asked: Tensor | None
+) -> tuple[list[float], Tensor]:
     """Every adapter's mean loss over its targets, and the slope of each loss at `hidden` [targets, width].
 
-    Logits exist for some places at a time.
+    `near` weighs each adapter's divergence from the base, whose own hidden states are `asked`, None where no adapter
+    wants it. Logits exist for some places at a time.
     """
     shares = torch.cat([torch.full((n,), 1.0 / n, device=hidden.device) for n in batch.targets_each])
+    counts = zip(batch.targets_each, near, strict=True)
+    weights = torch.cat([torch.full((n,), weight, device=hidden.device) for n, weight in counts])
     slopes, each = [], []
-    for rows, (places, wanted, share) in tiles(hidden, targets, shares):
+    for rows, (places, wanted, share, weight, plain) in tiles(
+        hidden, targets, shares, weights, hidden if asked is None else asked
+    ):
         places.requires_grad_()
         logits = base.logits(places)
         loss, pull = _cross_entropy(logits.detach().float(), wanted, share)
+        if asked is not None:
+            further, against = _divergence(logits.detach().float(), base.logits(plain).detach().float())
+            # Adapters that do not want it keep their own bits: nothing is added to them, not even zeros.
+            wants = weight > 0
+            loss = torch.where(wants, loss + weight * further, loss)
+            pull = torch.where(wants[:, None], pull + (weight * share)[:, None] * against, pull)
         (slope,) = torch.autograd.grad(logits, places, pull.to(logits.dtype))
         slopes.append(slope[:rows])
         each.append(loss[:rows])
@@ -237,6 +257,15 @@ def _cross_entropy(logits: Tensor, targets: Tensor, shares: Tensor) -> tuple[Ten
     pull.mul_(shares[:, None] / total)
     pull[rows, targets] -= shares
     return loss, pull
+
+
+def _divergence(logits: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(adapter || base) of each row of predictions, in nats, and its slope at the adapter's logits."""
+    likely = logits.log_softmax(-1)
+    apart = likely - plain.log_softmax(-1)
+    share = likely.exp()
+    further = (share * apart).sum(-1)
+    return further, share * (apart - further[:, None])
 
 
 def row_of(tokenizer: Any, entry: bytes | None, max_length: int) -> Row | None:

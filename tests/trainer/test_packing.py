@@ -20,7 +20,9 @@ def test_packed_through_the_stack_equals_alone(tmp_path: Path, base: Base) -> No
     stack = Stack(tmp_path)
     names = ["a", "b", "c", "d"]
     recipes = {
-        name: Recipe.from_dict({**recipe(micro_batch=n + 1).to_dict(), "lora": {"rank": 2 + n, "alpha": 4.0 + n}})
+        name: Recipe.from_dict(
+            {**recipe(micro_batch=n + 1, near=0.3 * (n % 2)).to_dict(), "lora": {"rank": 2 + n, "alpha": 4.0 + n}}
+        )
         for n, name in enumerate(names)
     }
     logs: dict[str, list[list[bytes | None]]] = {name: [] for name in names}

@@ -37,17 +37,25 @@ def oracle(folder: Path, learner: Learner, like: Recipe) -> tuple[float, dict[st
         logits = peft(input_ids=torch.tensor([row.tokens])).logits[0, :-1]
         labels = torch.tensor(row.labels[1:])
         loss = loss + torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        if like.training.near:
+            with peft.disable_adapter(), torch.no_grad():
+                plain = peft(input_ids=torch.tensor([row.tokens])).logits[0, :-1]
+            kept = labels != -100
+            apart = torch.nn.functional.kl_div(
+                plain[kept].log_softmax(-1), logits[kept].log_softmax(-1), reduction="sum", log_target=True
+            )
+            loss = loss + like.training.near * apart
         count += int((labels != -100).sum())
     (loss / count).backward()
     return float(loss.detach() / count), {name: p.grad for name, p in named.items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize(("kind", "near"), [("llama", 0.0), ("qwen3", 0.0), ("gemma3", 0.0), ("gemma3", 0.7)])
 def test_loss_and_gradients_are_those_of_peft(
-    bases: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+    bases: dict[str, Path], kind: str, near: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = Base.load(bases[kind], threads=1)
-    like = recipe(micro_batch=6, passes=1)
+    like = recipe(micro_batch=6, passes=1, near=near)
     learner = Learner(base, like, 11, contents(6, seed=3), [], None, None)
     with torch.no_grad():  # B is zero at first and would hide A's gradients
         for number, leaf in enumerate(learner.weights.leaves):
