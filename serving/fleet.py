@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -198,6 +199,10 @@ class Fleet:
                         self._pinned.pop(digest, None)
             self._versions.clear()
         return (fences[-1].number if fences else acked), digests
+
+    def pause(self, seconds: float) -> AbstractContextManager[None]:
+        """Let no step begin meanwhile, for so long at most."""
+        return self._engine.pause(seconds)
 
     def preload(self, bound: int) -> None:
         """Read the weights of the first `bound` releases, so that their first requests need not wait."""

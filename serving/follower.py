@@ -15,6 +15,7 @@ from .releases import Release
 log = logging.getLogger(__name__)
 _FULL_READ_SECONDS = 2.0
 _GLANCE_SECONDS = 0.005  # between two looks at whether the ledger's file has moved
+_PAUSE_SECONDS = 0.05  # in which a fence goes before steps
 _RENEWALS = 4  # times per term
 _SHARE = 4  # reading releases may take one part in so many of the time
 
@@ -109,8 +110,10 @@ class Follower:
         self._dirty |= moved or woken
         fenced = fence > (self._acked or 0)
         if fenced:
-            self._carry_out()
-        if self._held and (fenced or clock() >= self._renew_at):
+            with self._fleet.pause(_PAUSE_SECONDS):
+                self._carry_out()
+                self._renew()
+        elif clock() >= self._renew_at:
             self._renew()
         if self._held and (self._permit.halted or self._due()):
             self._read()

@@ -5,7 +5,8 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Engine:
         self._live: dict[str, Live] = {}
         self._halted = False
         self._in_step = False
+        self._paused_until = 0.0
         self._threads: list[threading.Thread] = []
         self._running = False
         self._failures = 0
@@ -138,6 +140,18 @@ class Engine:
             self._changed.wait_for(lambda: self._weights.erased(digests) or self._idle)
             if self._idle:
                 self._weights.erase_due()
+
+    @contextmanager
+    def pause(self, seconds: float) -> Iterator[None]:
+        """Begin no step meanwhile, for so long at most: what a fence has to do then waits for none."""
+        with self._changed:
+            self._paused_until = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._paused_until = 0.0
+                self._changed.notify_all()
 
     def reinstate(self, digests: Collection[str]) -> None:
         """Let revoked weights be loaded again: a rebuild without what was forgotten came out at the same bytes."""
@@ -280,6 +294,9 @@ class Engine:
                 step = None
                 while self._running and step is None:
                     self._weights.erase_due()
+                    if (pause := self._paused_until - time.monotonic()) > 0:
+                        self._changed.wait(pause)
+                        continue
                     work = self._scheduler.plan()
                     if self._weights.slots.to_load:
                         self._changed.notify_all()
