@@ -13,7 +13,6 @@ may be later than the acknowledgement.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -34,6 +33,7 @@ from riverdelta.registry import operations
 from riverdelta.registry.ledger import Forget, Ledger
 from riverdelta.registry.wakeups import Wakeups
 from riverdelta.streams import topics
+from tests.serving.asking import Load
 from tests.serving.hand import Hand, random_lora
 from tests.serving.stamped import Stamped, fleet_of
 from tests.tiny import make_tiny
@@ -58,26 +58,6 @@ class Timed(Ledger):
         lost = super().await_fence(*given, **named)
         self.acknowledged = time.monotonic()
         return lost
-
-
-async def ask(url: str, number: int, tokens: int) -> None:
-    """One client: stream answers, one after the other, for ever."""
-    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
-        while True:
-            asked = {"model": ADAPTERS[number % len(ADAPTERS)], "prompt": f"client {number}", "max_tokens": tokens}
-            try:
-                body = {**asked, "stream": True, "ignore_eos": True}
-                async with client.stream("POST", "/v1/completions", json=body) as response:
-                    async for _ in response.aiter_lines():
-                        pass
-            except httpx.TransportError:
-                await asyncio.sleep(0.05)
-            number += len(ADAPTERS) + 1
-
-
-async def load(urls: list[str], clients: int, tokens: int) -> None:
-    """So many clients for all servers together, the first adapters, which are forgotten in, first."""
-    await asyncio.gather(*(ask(urls[number % len(urls)], number // len(urls), tokens) for number in range(clients)))
 
 
 def answering(servers: list[Stamped], model: str, digest: str) -> None:
@@ -116,7 +96,7 @@ def measure(settings: Settings, servers: list[Stamped], forgets: int, commands: 
         hand.train(adapter, random_lora(2 * 10**6 + number))
     wakeups.close()
     hand.ledger.close()
-    after = sum(at > fenced.get(digest, at) for server in servers for at, digest in server.written())
+    after = sum(at > fenced.get(digest, at) for server in servers for _, at, digest in server.written())
     tokens = sum(1 for server in servers for _ in server.written())
     return {
         "forgets": forgets,
@@ -165,14 +145,12 @@ def run(folder: Path, options: argparse.Namespace, count: int) -> dict[str, Any]
     hand.ledger.close()
     with fleet_of(settings, count, folder) as servers:
         urls = [server.url for server in servers]
-        words = ["--load", *urls, "--clients", str(options.clients), "--tokens", str(options.tokens)]
-        asking = subprocess.Popen([sys.executable, "-m", "benchmarks.fence", "--kafka", options.kafka, *words])
+        asking = Load(urls, ADAPTERS, options.clients, options.tokens, folder / "answered")
         try:
             time.sleep(3)
             return measure(settings, servers, options.forgets, options.commands)
         finally:
-            asking.kill()
-            asking.wait()
+            asking.stop()
 
 
 def main() -> None:
@@ -184,11 +162,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4, help="streams without pause, over all servers")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--commands", type=int, default=10)
-    parser.add_argument("--load", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.load:
-        asyncio.run(load(options.load, options.clients, options.tokens))
-        return
     with tempfile.TemporaryDirectory() as folder:
         make_tiny("llama", Path(folder) / "base")
         cells = {count: run(Path(folder), options, count) for count in options.servers}

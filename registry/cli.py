@@ -214,13 +214,18 @@ def forget(
     all_adapters: Annotated[bool, typer.Option("--all-adapters", help="Every adapter, those to come too.")] = False,
     request: Annotated[str, typer.Option(help="Id under which repeating this changes nothing.")] = "",
     wait: Annotated[bool, typer.Option("--wait", help="Wait for rebuild and purge too.")] = False,
+    serve_until_rebuilt: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0, help="Keep serving what learned from it meanwhile, so long at most."),
+    ] = 0.0,
     reason: Reason = "",
     actor: Actor = "",
     as_json: AsJson = False,
     config: Config = None,
     data: Data = None,
 ) -> None:
-    """Forget a subject. Returns once no server can answer from what saw it; rebuild and purge follow by themselves."""
+    """Forget a subject. Returns once no server can answer from what saw it; rebuild and purge follow by themselves.
+    With --serve-until-rebuilt it returns at once, and servers answer as before until the rebuild or the deadline."""
     from . import operations
     from .report import print_forget, telling, waiting
 
@@ -235,6 +240,7 @@ def forget(
                 actor=_actor(actor),
                 reason=reason,
                 request=request,
+                serve_until_rebuilt=serve_until_rebuilt,
                 wakeups=wakeups,
                 progress=progress,
             )

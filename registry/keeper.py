@@ -136,7 +136,8 @@ class Keeper:
         self._orphan_seconds = orphan_seconds
         self._projection: Projection | None = None
         self._making = threading.Lock()
-        self._seen: dict[str, float] = {}  # forget -> when this keeper first saw its fence
+        self._seen: dict[int, float] = {}  # fence -> when this keeper first saw it
+        self._erased: set[str] = set()
         self._purges: dict[str, Purge] = {}
         self._told: dict[str, str] = {}
 
@@ -174,9 +175,16 @@ class Keeper:
         return left
 
     def _advance(self, forget: Forget) -> Forget:
-        if forget.id not in self._seen:  # whoever fenced may have been killed before
+        if forget.id not in self._erased:  # whoever fenced may have been killed before
             contents.erase(self._ledger, self._keys, forget)
-        waited = time.monotonic() - self._seen.setdefault(forget.id, time.monotonic())
+            self._erased.add(forget.id)
+        if forget.stage is Stage.LENDING:
+            self._ledger.call_in([forget.id] if self._ledger.is_rebuilt(forget) else ())
+            forget = self._ledger.forget_of(forget.id)
+            if forget.stage is Stage.LENDING:
+                self._tell(forget, f"lets servers go on until {forget.body['until']}, or its rebuild")
+                return forget
+        waited = time.monotonic() - self._seen.setdefault(forget.fence, time.monotonic())
         if forget.stage is Stage.FENCED:
             servers, lost = self._ledger.settle_fence(forget.fence, ["server"], waited)
             if servers:

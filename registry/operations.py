@@ -17,6 +17,7 @@ from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
+from riverdelta.core.telemetry import later, now
 
 from . import contents
 from .keystore import KeyStore
@@ -135,18 +136,32 @@ def forget(
     actor: str,
     reason: str = "",
     request: str = "",
+    serve_until_rebuilt: float = 0.0,
     wakeups: Wakeups | None = None,
     progress: Progress | None = None,
 ) -> ForgetReport:
     """Forget a subject in some adapters (None: in all, those to come included), and wait for the servers.
 
     `progress` is called with the leases that are still waited for. A `request` id seen before starts nothing new
-    and gives the procedure as it stands.
+    and gives the procedure as it stands. With `serve_until_rebuilt`, servers go on answering with the releases that
+    they have until those are rebuilt, or for so many seconds at most; then the keeper fences, and nobody waits.
     """
     start = time.monotonic()
-    begun = fence(ledger, settings, subject, adapters, actor=actor, reason=reason, request=request, wakeups=wakeups)
+    begun = fence(
+        ledger,
+        settings,
+        subject,
+        adapters,
+        actor=actor,
+        reason=reason,
+        request=request,
+        serve_until_rebuilt=serve_until_rebuilt,
+        wakeups=wakeups,
+    )
     lost = ledger.await_fence(begun.fence, ["server"], progress=progress)
-    done = ledger.advance(begun.id, Stage.ACKNOWLEDGED, {"lost": lost}, _line(actor, 128))
+    done = begun
+    if begun.stage is not Stage.LENDING:
+        done = ledger.advance(begun.id, Stage.ACKNOWLEDGED, {"lost": lost}, _line(actor, 128))
     revoked = {part["adapter"]: len(part["versions"]) for part in done.body["doomed"]}
     return ForgetReport(done, revoked, lost, time.monotonic() - start)
 
@@ -195,6 +210,7 @@ def fence(
     reason: str = "",
     request: str = "",
     asked: Mapping[str, Any] | None = None,
+    serve_until_rebuilt: float = 0.0,
     wakeups: Wakeups | None = None,
 ) -> Forget:
     """The forget's transaction and the deletion of keys: durable, and followed up by the keeper. `asked` says where a
@@ -203,7 +219,8 @@ def fence(
     request = request or str(uuid.uuid4())
     if _without(request, subject) != request:
         raise BadInput("The request id names the subject, and would outlive it.", "Use one that says nothing of it.")
-    begun = ledger.forget(request, hashed, adapters, _line(actor, 128), _line(_without(reason, subject)), asked)
+    until = later(now(), serve_until_rebuilt) if serve_until_rebuilt else ""
+    begun = ledger.forget(request, hashed, adapters, _line(actor, 128), _line(_without(reason, subject)), asked, until)
     _tell(settings, wakeups, begun.adapters)
     keys = KeyStore.open(settings)
     try:

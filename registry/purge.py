@@ -137,7 +137,7 @@ class Purge:
             "everywhere": forget.everywhere,
             "epochs": forget.adapters,
             "fence": forget.fence,
-            "fenced_at": forget.at,
+            "fenced_at": forget.body.get("fenced_at", forget.at),
             "erased": erased,
             "payloads": payloads,
             "kafka": kafka_still_holds(erased, forget, self._settings),

@@ -63,8 +63,10 @@ def print_adapters(ledger: Ledger, as_json: bool) -> None:
     else:
         table = _table("adapter", "release", "digest", "entries", "segments", "awaiting", "epoch")
         for head in heads:
-            release = "base" if not head.release else f"@{head.release}"
+            served = releases[head.name][0]
+            release = f"@{served}" if served else "base"
             held = " (held)" if head.held is not None else ""
+            held += " (until rebuilt)" if served != head.release else ""
             row = (head.next_index, head.next_segment - 1, waiting[head.name], head.epoch)
             table.add_row(head.name, release + held, releases[head.name][1][:12], *map(str, row))
         _out.print(table)
@@ -123,6 +125,7 @@ def print_log(ledger: Ledger, name: str, after: int, as_json: bool) -> None:
     for fact in ledger.facts(name):
         if "to" in fact.body:
             live = f"@{fact.body['to']}" if fact.body["to"] else "base"
+            live = f"@{fact.body['lent']} until rebuilt" if "lent" in fact.body else live
         if fact.seq > after:
             table.add_row(str(fact.seq), fact.at, _told(fact), live, fact.actor, fact.reason)
     _out.print(table)
@@ -136,6 +139,13 @@ def print_forget(forget: Forget, report: ForgetReport, as_json: bool) -> None:
         print_json({**_forget(forget), "revoked": report.revoked, "entries": entries, **lost})
         return
     revoked = sum(report.revoked.values())
+    if forget.stage is Stage.LENDING:
+        lent = ", ".join(f"{name}@{version}" for name, (version, _) in forget.body["lent"].items())
+        _out.print(
+            f"{entries} entries erased, {revoked} versions revoked. Servers go on with {lent} until the rebuild, "
+            f"at the latest until {forget.body['until']}; `riverdelta registry list` shows request {forget.id}."
+        )
+        return
     _out.print(
         f"Fenced in {report.seconds:.2f} s: no server answers from what saw the subject. "
         f"{entries} entries erased, {revoked} versions revoked, in {len(forget.adapters)} adapters."

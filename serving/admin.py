@@ -46,9 +46,11 @@ class SubjectAct(_Act):
 
 
 class ForgetAct(SubjectAct):
-    """Repeating a `request_id` repeats nothing."""
+    """Repeating a `request_id` repeats nothing. `serve_until_rebuilt`: for so many seconds at most, servers go on with
+    what learned from the subject until it is rebuilt."""
 
     request_id: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
+    serve_until_rebuilt: Annotated[float, Field(ge=0, le=365 * 86_400)] = 0.0
 
 
 class RollbackAct(_Act):
@@ -76,7 +78,8 @@ def routes(server: Server) -> APIRouter:
     @router.post("/forget")
     async def forget(body: ForgetAct, request: Request) -> dict[str, Any]:
         """Fence a subject off; answers when no server can produce a token from what learned from it."""
-        more = {"reason": body.reason, "request": body.request_id or ""}
+        more: dict[str, Any] = {"reason": body.reason, "request": body.request_id or ""}
+        more["serve_until_rebuilt"] = body.serve_until_rebuilt
         report = await act(request, operations.forget, body.subject, body.adapters, **more)
         return {**_forget(report.forget), "lost_servers": report.lost, "seconds": round(report.seconds, 4)}
 

@@ -168,6 +168,7 @@ class Follower:
 
     def _read(self) -> None:
         began = clock()
+        self._ledger.call_in()  # whether or not a keeper is there
         wanted = {name: Release(version, digest) for name, (version, digest) in self._ledger.releases().items()}
         self._wanted = wanted  # until a fence: then only what is read after it counts
         self._follow(wanted)

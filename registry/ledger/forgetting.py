@@ -15,7 +15,7 @@ from . import decisions
 from . import tables as t
 from .decisions import Change, Versions
 from .journal import chunks
-from .leases import Leases
+from .lending import Lending
 from .records import AdapterRecord, Forget, Stage
 from .rows import adapter_of, forget_of
 
@@ -34,7 +34,7 @@ class _Reach:
     dirty: set[int] = field(default_factory=set)
 
 
-class Forgetting(Leases):
+class Forgetting(Lending):
     """Forget procedures and suppression lists. Subjects are given as keyed hashes."""
 
     def forget(
@@ -45,13 +45,15 @@ class Forgetting(Leases):
         actor: str,
         reason: str = "",
         asked: Mapping[str, Any] | None = None,
+        until: str = "",
     ) -> Forget:
         """The fence: suppress, raise epochs, revoke, move releases, all in one transaction.
 
         `adapters` None means every adapter, those to come included. An adapter that is not named is drawn in where it
         learned from text that a version revoked here wrote. `asked` says where a message that asked for it lies (topic,
-        incarnation, partition, offset). A request id seen before changes nothing and gives the
-        procedure as it stands.
+        incarnation, partition, offset). With `until`, servers answer with the releases that they have until their
+        rebuild, or that time at the latest. A request id seen before changes nothing and gives the procedure as it
+        stands.
         """
         if not request or len(request) > 128:
             raise BadInput("A forget needs a request id of 1 to 128 characters.", "Use a fresh one for each request.")
@@ -66,11 +68,14 @@ class Forgetting(Leases):
                 return forget_of(held)
             heads = self._heads(c, adapters)
             reaches, writers = self._reach(c, subject, heads)
-            about = {"request": request, "subject": subject}
+            lent = self._lend(c, reaches, bool(until))
+            heads = self._heads(c, adapters)  # calling loans in moves heads
+            about = {"request": request, "subject": subject, **({"until": until} if lent else {})}
             doomed = []
             for name, reach in sorted(reaches.items()):
                 mentions = {subject} | writers if name in heads else writers
-                doomed.append(self._forget_one(c, reach, mentions, about, actor, reason))
+                more = {"lent": lent[name][0]} if name in lent else {}
+                doomed.append(self._forget_one(c, reach, mentions, {**about, **more}, actor, reason))
             spared = [head for name, head in heads.items() if name not in reaches]
             nothing = {**about, "entries": 0}
             self._apply_all(
@@ -81,7 +86,7 @@ class Forgetting(Leases):
             for name in heads if adapters is not None else [EVERYWHERE]:
                 self._suppress(c, name, subject)
             digests = {digest for part in doomed for digest in part["digests"]}
-            digests -= self._clean_digests(c, digests, {})
+            digests -= self._clean_digests(c, digests, {}) | {digest for _, digest in lent.values()}
             at, fence = now(), self._last_fence(c) + 1
             c.execute(t.fences.insert().values(number=fence, at=at, digests=sorted(digests)))
             forget = Forget(
@@ -90,14 +95,33 @@ class Forgetting(Leases):
                 adapters is None,
                 epochs,
                 fence,
-                Stage.FENCED,
+                Stage.LENDING if lent else Stage.FENCED,
                 at,
                 actor,
                 reason,
-                {"doomed": doomed, **({"asked": dict(asked)} if asked else {})},
+                {
+                    "doomed": doomed,
+                    **({"asked": dict(asked)} if asked else {}),
+                    **({"lent": lent, "until": until} if lent else {}),
+                },
             )
             c.execute(t.forgets.insert().values(asdict(forget)))
         return forget
+
+    def _lend(self, c: sa.Connection, reaches: dict[str, _Reach], lending: bool) -> dict[str, tuple[int, str]]:
+        """The versions that servers keep for a while, and their digests. Those that are on loan already stay so, or are
+        called in where this forget concerns them and lends nothing."""
+        loans = {name: loan for name, loan in self._loans(c).items() if name in reaches}
+        if lending:
+            served = [(name, reach.head.release, reach) for name, reach in reaches.items()]
+            new = {name: (v, reach.versions[v].digest) for name, v, reach in served if v in reach.dirty}
+            return {name: loans.get(name) or new[name] for name in sorted(loans.keys() | new.keys())}
+        concerned = {name for name, (version, _) in loans.items() if version in reaches[name].dirty}
+        if concerned:
+            self._call_in(c, {held.id for held in self._lending(c) if concerned & held.body["lent"].keys()})
+            for name, reach in reaches.items():
+                reach.head = self._adapter(c, name, lock=True)
+        return {}
 
     def _heads(self, c: sa.Connection, names: Sequence[str] | None) -> dict[str, AdapterRecord]:
         """The heads of these adapters (None: of all), by name."""

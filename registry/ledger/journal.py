@@ -81,8 +81,12 @@ class Journal:
         self, adapter: str, actor: str, reason: str, decide: Callable[[sa.Connection, AdapterRecord], Change]
     ) -> AdapterRecord:
         with self.db.write() as c:
+            self._take_back(c, adapter)
             head = self._adapter(c, adapter, lock=True)
             return self._apply(c, head, decide(c, head), actor, reason)
+
+    def _take_back(self, c: sa.Connection, adapter: str) -> None:
+        """See `lending`."""
 
     def _apply(self, c: sa.Connection, before: AdapterRecord, change: Change, actor: str, reason: str) -> AdapterRecord:
         after = replace(change.adapter, head=before.head + len(change.facts))

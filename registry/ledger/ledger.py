@@ -299,13 +299,15 @@ class Ledger(Sealing, Forgetting):
         return version_of(row)
 
     def releases(self) -> dict[str, tuple[int, str]]:
-        """Per adapter, the released version and its digest; (0, "") while it serves the base."""
+        """Per adapter, the version that servers answer with and its digest; (0, "") for the base. It is the released
+        one, or one that a forget has left them until its rebuild."""
         a, v = t.adapters.c, t.versions.c
         query = sa.select(a.name, a.release, v.digest).select_from(
             t.adapters.outerjoin(t.versions, sa.and_(v.adapter == a.name, v.number == a.release))
         )
         with self.db.read() as c:
-            return {name: (release, digest or "") for name, release, digest in c.execute(query)}
+            found = {name: (release, digest or "") for name, release, digest in c.execute(query)}
+            return found | self._loans(c)
 
     # -- operators -------------------------------------------------------------------------------------------
 

@@ -215,6 +215,7 @@ class Fact:
 class Stage(StrEnum):
     """How far a forget has come; each stage is entered once everything before it is durable."""
 
+    LENDING = "lending"  # all but the fence is done: servers go on until rebuilt, or a deadline
     FENCED = "fenced"
     ACKNOWLEDGED = "acknowledged"
     REBUILT = "rebuilt"

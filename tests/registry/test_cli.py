@@ -166,6 +166,14 @@ def test_forget_reports_what_it_revoked(data: Path) -> None:
     assert run(data, "allow", "--subject", "nobody", "--adapter", "acme").returncode == 3
 
 
+def test_a_forget_that_serves_until_rebuilt_says_so(data: Path) -> None:
+    asked = ("forget", "--subject", "ann", "--adapter", "acme", "--request", "r1", "--serve-until-rebuilt", "600")
+    assert "Servers go on with acme@2" in run(data, *asked).stdout
+    assert "@2 (until rebuilt)" in run(data, "list").stdout
+    assert "@2 until rebuilt" in run(data, "log", "acme").stdout
+    assert as_json(data, *asked)["stage"] == "lending"
+
+
 def test_reasons_are_printed_as_they_are_but_for_the_subject(data: Path) -> None:
     reason = "[/bold] :smile: [red]not markup[/red] for ANN"
     assert run(data, "forget", "--subject", "ann", "--adapter", "acme", "--reason", reason).returncode == 0

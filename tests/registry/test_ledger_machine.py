@@ -12,7 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from riverdelta.core.errors import Conflict, NotFound, Refused, StaleEpoch
 from riverdelta.core.recipe import Recipe
-from riverdelta.registry.ledger import Forget, Hand, Lease, Ledger, Outcome, Work
+from riverdelta.registry.ledger import Forget, Hand, Lease, Ledger, Outcome, Stage, Work
 from riverdelta.registry.verify import check_chain
 from tests.registry.histories import Act, World, check_adapter, control, keyed
 
@@ -164,11 +164,15 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # -- forgetting --
 
-    @rule(who=st.sampled_from([*SUBJECTS, "nobody"]), names=st.sampled_from([None, ("one",), ("two",), ADAPTERS]))
-    def forget(self, who: str, names: tuple[str, ...] | None) -> None:
+    @rule(
+        who=st.sampled_from([*SUBJECTS, "nobody"]),
+        names=st.sampled_from([None, ("one",), ("two",), ADAPTERS]),
+        until=st.sampled_from(["", "", "1970-01-01T00:00:00.000Z", "2999-01-01T00:00:00.000Z"]),
+    )
+    def forget(self, who: str, names: tuple[str, ...] | None, until: str) -> None:
         before = {name: self.ledger.adapter(name) for name in ADAPTERS}
         request = f"r{len(self.requests)}"
-        forget = self.ledger.forget(request, keyed(who), names, "test")
+        forget = self.ledger.forget(request, keyed(who), names, "test", until=until)
         self.requests[request] = forget
         assert set(names or ADAPTERS) <= forget.adapters.keys()
         for name in ADAPTERS:
@@ -184,8 +188,14 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.requests:
             held = list(self.requests.values())[pick % len(self.requests)]
             heads = self.ledger.heads()
-            assert self.ledger.forget(held.id, held.subject, None, "test").fence == held.fence
+            assert self.ledger.forget(held.id, held.subject, None, "test") == self.ledger.forget_of(held.id)
             assert self.ledger.heads() == heads
+
+    @rule(pick=st.integers(0, 10))
+    def call_in(self, pick: int) -> None:
+        """Deadlines pass, and a rebuild may end a loan."""
+        self.ledger.call_in(list(self.requests)[pick : pick + 1])
+        assert all(held.body["until"] > "2026" for held in self.ledger.forgets() if held.stage is Stage.LENDING)
 
     @rule(who=subjects, names=st.sampled_from([None, ("one",)]))
     def allow(self, who: str, names: tuple[str, ...] | None) -> None:
@@ -230,6 +240,12 @@ class LedgerMachine(RuleBasedStateMachine):
             check_adapter(self.world, record.name)
             check_chain(self.ledger.facts(record.name))
             assert len(self.ledger.facts(record.name)) == record.head
+        fenced = {digest for fence in self.ledger.fences(0) for digest in fence.digests}
+        loans = self.ledger.loans()
+        assert self.ledger.revoked_digests() <= fenced | {digest for _, digest in loans.values()}
+        for name, (version, digest) in self.ledger.releases().items():
+            record = self.ledger.version(name, version) if version else None
+            assert record is None or (record.digest == digest and (not record.revoked or name in loans))
         clock = self.ledger.pulse()[1]
         assert clock >= self.clock
         self.clock = clock

@@ -45,13 +45,14 @@ class Stamped:
                 pass
             time.sleep(0.05)
 
-    def written(self) -> Iterator[tuple[float, str]]:
-        """Every message so far that weights produced: when it had left, and their digest."""
+    def written(self) -> Iterator[tuple[float, float, str]]:
+        """Every message so far that weights produced: when its last check was behind it, when it had left, and their
+        digest. A process that is stopped may be so between the two."""
         with self.stamps.open() as lines:
             for line in lines:
                 if line.endswith("\n"):
-                    at, digest = line.split()
-                    yield float(at), digest
+                    checked, left, digest = line.split()
+                    yield float(checked), float(left), digest
 
     def stop(self) -> None:
         """End it."""
@@ -96,9 +97,10 @@ def serve(stamps: str) -> None:
 
     async def stamping(self: Any, send: Any, message: Any, digest: str | None) -> None:
         async def sending(part: Any) -> None:
+            checked = time.monotonic()
             await send(part)
             if digest is not None:
-                os.write(file, f"{time.monotonic():.6f} {digest}\n".encode())
+                os.write(file, f"{checked:.6f} {time.monotonic():.6f} {digest}\n".encode())
 
         await write(self, sending, message, digest)
 

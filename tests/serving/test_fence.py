@@ -179,6 +179,36 @@ def test_a_rebuild_that_comes_out_the_same_is_served(hand, serve):
     assert running.complete("acme@1").status_code == 410
 
 
+def test_serving_until_rebuilt(hand, serve):
+    """Answers go on as before until the rebuild is there; by its number the version is gone at once."""
+    hand.adapter("acme")
+    hand.release("acme", ["bob"])
+    dirty = hand.release("acme", ["ann"])
+    running = serve(hand.settings)
+    body = {"subject": "ann", "adapter": "acme", "request_id": "r1", "serve_until_rebuilt": 600}
+    done = running.client.post("/admin/forget", json=body)
+    assert (done.status_code, done.json()["stage"]) == (200, "lending"), done.text
+    for _ in range(3):
+        assert running.answer("acme")["system_fingerprint"] == dirty
+    assert running.complete("acme@2").status_code == 410
+    rebuilt = hand.train("acme")
+    assert running.answer("acme")["system_fingerprint"] == dirty
+    hand.ledger.call_in(["r1"])  # as the keeper does once nothing awaits
+    held = hand.ledger.forget_of("r1")
+    assert hand.ledger.await_fence(held.fence, SERVERS) == []
+    assert running.answer("acme")["system_fingerprint"] == rebuilt
+
+
+def test_a_deadline_needs_no_keeper(hand, serve):
+    hand.adapter("acme")
+    clean = hand.release("acme", ["bob"])
+    hand.release("acme", ["ann"])
+    running = serve(hand.settings)
+    body = {"subject": "ann", "adapter": "acme", "serve_until_rebuilt": 1}
+    assert running.client.post("/admin/forget", json=body).json()["stage"] == "lending"
+    eventually(lambda: running.answer("acme")["system_fingerprint"] == clean)
+
+
 def test_by_http(hand, serve):
     hand.adapter("acme")
     clean = hand.release("acme", ["bob"])
