@@ -25,6 +25,7 @@ class _Root(TyperGroup):
             from riverdelta.registry import cli as registry
 
             registry.replayer = _replay
+            registry.auditor = _audit
             return typer.main.get_command(registry.app)
         return super().get_command(ctx, cmd_name)
 
@@ -205,6 +206,12 @@ def _replay(settings: Any, adapter: str, without: list[str], as_json: bool) -> i
     from .counterfactual import main as run
 
     return run(with_kafka(with_base(settings)), adapter, without, as_json)
+
+
+def _audit(settings: Any, ledger: Any, told: dict[str, Any]) -> list[dict[str, object]]:
+    from .audit import audit
+
+    return audit(with_base(settings), ledger, told)
 
 
 @app.command()

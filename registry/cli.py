@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,8 @@ app = typer.Typer(
 
 # What trains an adapter anew; set by the `riverdelta` command, as this package knows no trainer.
 replayer: "Callable[[Settings, str, list[str], bool], int] | None" = None
+# What trains what a certificate names from the stored entries; set likewise.
+auditor: "Callable[[Settings, Ledger, dict[str, Any]], list[dict[str, object]]] | None" = None
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Adapter.")]
 Versioned = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Adapter, or one of its versions.")]
@@ -218,6 +220,10 @@ def forget(
         float,
         typer.Option(metavar="SECONDS", min=0, help="Keep serving what learned from it meanwhile, so long at most."),
     ] = 0.0,
+    receipt: Annotated[
+        Path | None,
+        typer.Option(help="New file for what the subject's entries say: with it they check the certificate."),
+    ] = None,
     reason: Reason = "",
     actor: Actor = "",
     as_json: AsJson = False,
@@ -231,6 +237,8 @@ def forget(
 
     adapters = _scope(adapter, all_adapters)
     with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
+        if receipt is not None:
+            operations.write_receipt(ledger, settings, subject, adapters, receipt)
         with waiting("Waiting for every server to carry out the fence") as progress:
             report = operations.forget(
                 ledger,
@@ -279,22 +287,37 @@ def allow(
 
 @app.command()
 def verify(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Adapter (default: all).")] = "",
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME|CERTIFICATE]", help="Adapter (default: all), or the file of a certificate.")
+    ] = "",
     replay: Annotated[
-        bool, typer.Option("--replay", help="Also train the released version anew from Kafka's events, and compare.")
+        bool,
+        typer.Option(
+            "--replay",
+            help="Also train the released version anew from Kafka's events, and compare. Of a certificate: train what "
+            "stands in the place of the revoked from the stored entries.",
+        ),
     ] = False,
+    receipt: Annotated[
+        Path | None, typer.Option(help="Of a certificate: what `forget --receipt` wrote, to open one's own entries.")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Of a certificate: the issuer's public key (default: this deployment's).")
+    ] = None,
     without: Annotated[list[str] | None, typer.Option(help="With --replay: a subject that was forgotten.")] = None,
     as_json: AsJson = False,
     config: Config = None,
     data: Data = None,
 ) -> None:
-    """Check the journal's chain, every payload and every version's weights against their digests."""
+    """Check the journal's chain, every manifest, payload and key, and every version's weights; or a certificate."""
     from riverdelta.core.store import ObjectStore
 
     from .keystore import KeyStore
     from .report import print_verified
     from .verify import verify as check
 
+    if "." in name or "/" in name:
+        raise typer.Exit(_verify_certificate(Path(name), replay, receipt, key, as_json, config, data))
     with _ledger(config, data) as (settings, ledger):
         names = [name] if name else [head.name for head in ledger.adapters()]
         store, keys = ObjectStore(settings.store_url), KeyStore.open(settings)
@@ -304,6 +327,46 @@ def verify(
             raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
         code = max([code, *(replayer(settings, each, without or [], as_json) for each in names)])
     raise typer.Exit(code)
+
+
+def _verify_certificate(
+    path: Path,
+    replay: bool,
+    receipt: Path | None,
+    key: Path | None,
+    as_json: bool,
+    config: Path | None,
+    data: Path | None,
+) -> int:
+    from dataclasses import replace
+
+    from .certificate import check, check_stored, open_receipt
+    from .report import print_certificate
+    from .signing import key_of, opened, public_pem
+
+    pem = _bytes(key) if key is not None else public_pem(_settings(config, data).keys_dir)
+    told = opened(_bytes(path), key_of(pem))
+    found = check(told)
+    if receipt is not None:
+        count, problems = open_receipt(told, _bytes(receipt))
+        found = replace(found, opened=count, problems=(*found.problems, *problems))
+    replayed: list[dict[str, object]] = []
+    if replay:
+        if auditor is None:
+            raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
+        with _ledger(config, data) as (settings, ledger):
+            problems, superseded = check_stored(ledger, told)
+            found = replace(found, problems=(*found.problems, *problems), superseded=tuple(superseded))
+            if not problems:
+                replayed = auditor(settings, ledger, told)
+    return print_certificate(found, replayed, as_json)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise NotFound(f"Cannot read {path}: {error.strerror}.", "Give the path of a file.") from error
 
 
 @app.command("import")

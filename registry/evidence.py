@@ -4,6 +4,7 @@ from collections import defaultdict
 from datetime import datetime, timedelta
 from typing import Any
 
+from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.settings import Settings
 from riverdelta.core.telemetry import now
 
@@ -61,7 +62,8 @@ def finish(
     adapters = []
     for part in forget.body["doomed"]:
         name = part["adapter"]
-        head, versions = ledger.adapter(name), ledger.versions(name)
+        head, versions, facts = ledger.adapter(name), ledger.versions(name), ledger.facts(name)
+        facts = [fact for fact in facts if fact.seq <= head.head]
         adapters.append(
             {
                 "adapter": name,
@@ -76,7 +78,9 @@ def finish(
                     if number in part["rebuild"]
                 ],
                 "tip": {"version": head.tip, "digest": versions[head.tip].digest if head.tip else ""},
-                "residual": _residual(ledger.facts(name)),
+                "environment": versions[head.tip].fingerprint if head.tip else {},
+                "journal": _journal(facts, forget.id),
+                "residual": _residual(facts),
             }
         )
     payloads = [
@@ -92,8 +96,29 @@ def finish(
         "payloads": payloads,
         "adapters": adapters,
         "mlflow_gc_needed": left_in_mlflow,
+        "previous": _previous(ledger),
         "purged_at": now(),
     }
+
+
+def _journal(facts: list[Fact], request: str) -> dict[str, Any]:
+    """An adapter's journal from the forget's fence to its purge: its own lines, and the digests of the others."""
+    began = next(i for i, fact in enumerate(facts) if (fact.kind, fact.body.get("request")) == ("forget", request))
+    return {
+        "before": facts[began - 1].chain if began else "",
+        "lines": [
+            fact.line if fact.body.get("request") == request else sha256(canonical_json(fact.line))
+            for fact in facts[began:]
+        ],
+        "seq": facts[-1].seq,
+        "chain": facts[-1].chain,
+    }
+
+
+def _previous(ledger: Ledger) -> str:
+    """The digest of the certificate issued last: certificates are a chain, too."""
+    issued = [held for held in ledger.forgets() if "certificate_sha" in held.body]
+    return max(issued, key=lambda held: held.body["purged_at"]).body["certificate_sha"] if issued else ""
 
 
 def _residual(facts: list[Fact]) -> dict[str, Any]:

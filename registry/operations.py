@@ -5,12 +5,16 @@ no further than here: what is stored is their keyed hash.
 """
 
 import logging
+import os
 import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from riverdelta.core.errors import BadInput, NotFound, Unavailable
 from riverdelta.core.keys import SubjectKey
@@ -19,7 +23,7 @@ from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import later, now
 
-from . import contents
+from . import certificate, contents
 from .keystore import KeyStore
 from .ledger import AdapterRecord, Forget, Hand, Lease, Ledger, Mode, Stage
 from .mlflow_projection import Projection, ask_for_repair
@@ -164,6 +168,22 @@ def forget(
         done = ledger.advance(begun.id, Stage.ACKNOWLEDGED, {"lost": lost}, _line(actor, 128))
     revoked = {part["adapter"]: len(part["versions"]) for part in done.body["doomed"]}
     return ForgetReport(done, revoked, lost, time.monotonic() - start)
+
+
+def write_receipt(ledger: Ledger, settings: Settings, subject: str, adapters: Sequence[str] | None, path: Path) -> int:
+    """Write what a subject's entries say now to a new file that only its owner may read; how many there are."""
+    keys = KeyStore.open(settings)
+    try:
+        made = certificate.receipt(ledger, ObjectStore(settings.store_url), keys, _hashed(settings, subject), adapters)
+    finally:
+        keys.close()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise BadInput(f"Cannot write {path}: {error.strerror}.", "Name a new file for the receipt.") from error
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(msgspec.json.encode(made))
+    return len(made.entries)
 
 
 def await_purge(ledger: Ledger, request: str, progress: Callable[[str], None] | None = None) -> Forget:

@@ -12,20 +12,30 @@ import uuid
 from functools import partial
 from typing import Any
 
-from riverdelta.core import payload
+from riverdelta.core import merkle, payload
 from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.errors import Conflict, NotFound
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore, state_key, weights_key
 
 from . import contents, gc
+from .certificate import statement
 from .evidence import finish, kafka_still_holds
 from .keystore import KeyStore
 from .ledger import Forget, Ledger, Stage
 from .mlflow_projection import Projection
+from .signing import public_pem, sign
 from .written import ORPHAN_SECONDS
 
 log = logging.getLogger(__name__)
+
+
+PUBLIC_KEY = "forgets/certificates.pub"
+
+
+def certificate_key(request: str) -> str:
+    """Where the certificate of a forget lies."""
+    return manifest_key(request).removesuffix(".json") + ".dsse.json"
 
 
 def manifest_key(request: str) -> str:
@@ -69,7 +79,15 @@ class Purge:
                 return False
             manifest = finish(manifest, self._ledger, forget, left)
             self._store.put(key, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
-        done = {"manifest": key, "manifest_sha": sha256(self._store.get(key)), "purged_at": manifest["purged_at"]}
+        signed = sign(self._settings.keys_dir, statement(manifest))
+        self._store.put_all({certificate_key(forget.id): signed, PUBLIC_KEY: public_pem(self._settings.keys_dir)})
+        done = {
+            "manifest": key,
+            "manifest_sha": sha256(self._store.get(key)),
+            "certificate": certificate_key(forget.id),
+            "certificate_sha": sha256(signed),
+            "purged_at": manifest["purged_at"],
+        }
         self._ledger.advance(forget.id, Stage.PURGED, done, "keeper")
         log.info("purged", extra={"request": forget.id, "entries": len(manifest["erased"]), "manifest": key})
         return True
@@ -111,13 +129,24 @@ class Purge:
             pass
         erased: list[dict[str, Any]] = []
         payloads: list[dict[str, Any]] = []
+        segments: list[dict[str, Any]] = []
         for part in _parts(forget):
             indexes = set(part["indexes"])
             for number in part["segments"]:
                 segment = self._ledger.segment(part["adapter"], number)
                 manifest = self._ledger.manifest(part["adapter"], number)
                 payloads.append({"adapter": segment.adapter, "segment": number, "was": segment.payload})
-                for place, (entry, commitment) in enumerate(zip(manifest.entries, manifest.commitments, strict=True)):
+                leaves = manifest.commitments
+                segments.append(
+                    {
+                        "adapter": segment.adapter,
+                        "segment": number,
+                        "first": segment.first,
+                        "count": segment.count,
+                        "root": segment.root,
+                    }
+                )
+                for place, (entry, commitment) in enumerate(zip(manifest.entries, leaves, strict=True)):
                     if segment.first + place in indexes:
                         erased.append(
                             {
@@ -125,6 +154,7 @@ class Purge:
                                 "index": segment.first + place,
                                 "segment": number,
                                 "commitment": commitment.hex(),
+                                "path": [each.hex() for each in merkle.path(leaves, place)],
                                 "incarnation": manifest.incarnations[entry.run],
                                 "partition": entry.partition,
                                 "offset": entry.offset,
@@ -139,6 +169,7 @@ class Purge:
             "fence": forget.fence,
             "fenced_at": forget.body.get("fenced_at", forget.at),
             "erased": erased,
+            "segments": segments,
             "payloads": payloads,
             "kafka": kafka_still_holds(erased, forget, self._settings),
         }

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from riverdelta.core.recipe import Recipe
 
+from .certificate import Checked
 from .ledger import AdapterRecord, Fact, Forget, Hand, Ledger, Outcome, SegmentRecord, Stage, VersionRecord
 from .operations import ForgetReport, Progress
 from .verify import Verified
@@ -153,7 +154,7 @@ def print_forget(forget: Forget, report: ForgetReport, as_json: bool) -> None:
     for holder in report.lost:
         _out.print(f"The server {holder} did not answer; its lease ran out, and it may not answer for adapters.")
     if forget.stage is Stage.PURGED:
-        _out.print(f"Rebuilt and purged; the manifest is {forget.body['manifest']} in the object store.")
+        _out.print(f"Rebuilt and purged; certified by {forget.body['certificate']} in the object store.")
     else:
         _out.print(f"Rebuild and purge follow by themselves; `riverdelta registry list` shows request {forget.id}.")
 
@@ -169,6 +170,30 @@ def print_verified(found: Sequence[Verified], as_json: bool) -> int:
             for problem in each.problems:
                 _out.print(f"  {problem}")
     return 7 if any(each.problems for each in found) else 0
+
+
+def print_certificate(found: Checked, replayed: Sequence[dict[str, object]], as_json: bool) -> int:
+    """What was found of a certificate; the exit code, 7 when something is wrong, 0 also when it is superseded."""
+    equal = all(each["equal"] for each in replayed)
+    if as_json:
+        print_json({**asdict(found), "replayed": list(replayed)})
+    else:
+        _out.print(
+            f"Forget {found.request}: {found.erased} entries erased, {found.revoked} versions revoked, "
+            f"in {_some(found.adapters)}: {'in order' if not found.problems else 'NOT in order'}."
+        )
+        if found.opened:
+            _out.print(f"  The receipt opens {found.opened} of the erased entries.")
+        for superseded in found.superseded:
+            _out.print(f"  Superseded: {superseded}.")
+        for each in replayed:
+            result = "equal, bit for bit" if each["equal"] else f"NOT equal: {each['replayed']}"
+            _out.print(f"  {each['version']} trained again: {result}.")
+            if not each["equal"] and not each["same_environment"]:
+                _out.print("  This environment is not the one that trained it: equality is not promised.")
+        for problem in found.problems:
+            _out.print(f"  {problem}")
+    return 7 if found.problems or not equal else 0
 
 
 @contextmanager

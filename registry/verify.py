@@ -12,6 +12,7 @@ from riverdelta.core.store import ObjectStore, state_key, weights_key
 from . import contents
 from .keystore import KeyStore
 from .ledger import Fact, Ledger, SegmentRecord
+from .ledger.journal import chained
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ def check_chain(facts: Iterable[Fact]) -> None:
     does not."""
     chain = ""
     for number, fact in enumerate(facts, start=1):
-        line = [fact.adapter, fact.seq, fact.kind, fact.body, fact.at, fact.actor, fact.reason]
-        chain = sha256(chain.encode() + canonical_json(line))
+        chain = chained(chain, sha256(canonical_json(fact.line)))
         if fact.seq != number or fact.chain != chain:
             raise Corrupt(
                 f"Fact {number} of {fact.adapter} is not what was written.", "Restore the ledger from a backup."

@@ -44,6 +44,11 @@ def chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
     return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))
 
 
+def chained(chain: str, line: str) -> str:
+    """The chain after a line, of which its digest is enough: who checks the chain need not be told every line."""
+    return sha256(chain.encode() + line.encode())
+
+
 def fact_rows(
     before: AdapterRecord,
     chain: str,
@@ -55,7 +60,7 @@ def fact_rows(
     """Rows of the facts that follow an adapter's head, whose last fact's chain is given, each chained to the last."""
     rows = []
     for seq, (kind, body) in enumerate(facts, start=before.head + 1):
-        chain = sha256(chain.encode() + canonical_json([before.name, seq, kind, body, at, actor, reason]))
+        chain = chained(chain, sha256(canonical_json([before.name, seq, kind, body, at, actor, reason])))
         rows.append(
             {
                 "adapter": before.name,

@@ -80,7 +80,7 @@ class Manifest(msgspec.Struct, frozen=True):
         """The manifest in stored bytes."""
         try:
             return msgspec.msgpack.decode(data, type=cls)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Corrupt(f"A manifest is damaged: {error}.", "Restore the ledger from a backup.") from error
 
     @property
@@ -199,7 +199,7 @@ class VersionRecord:
 
 @dataclass(frozen=True)
 class Fact:
-    """One line of an adapter's journal. `chain` is the SHA-256 of the previous line's chain and this line."""
+    """One line of an adapter's journal. `chain` is the SHA-256 of the previous line's chain and this line's."""
 
     id: int
     adapter: str
@@ -210,6 +210,11 @@ class Fact:
     actor: str
     reason: str
     chain: str
+
+    @property
+    def line(self) -> list[Any]:
+        """What is chained."""
+        return [self.adapter, self.seq, self.kind, self.body, self.at, self.actor, self.reason]
 
 
 class Stage(StrEnum):

@@ -50,7 +50,7 @@ def test_a_rollback_holds_under_a_running_stream_and_is_undone(river: River) -> 
     assert next(fact["reason"] for fact in log if fact["kind"] == "rollback") == "wrong answers"
 
 
-def test_forgotten_by_command_rebuilt_purged_and_proved(river: River) -> None:
+def test_forgotten_by_command_rebuilt_purged_and_proved(river: River, tmp_path: Path) -> None:
     river.create("forget")
     canary = f"canary-{uuid.uuid4().hex}"
     name = f"ann-{uuid.uuid4().hex}"
@@ -63,7 +63,8 @@ def test_forgotten_by_command_rebuilt_purged_and_proved(river: River) -> None:
     assert not river.files_with(canary), "contents are encrypted"
     assert river.learned("forget", canary)
     assert not river.files_with(name), "a subject is stored as a keyed hash only"
-    told = river.read("registry", "forget", "--subject", name, "--adapter", "forget", "--reason", f"{name} asked")
+    receipt, more = str(tmp_path / "receipt.json"), ("--reason", f"{name} asked", "--request", "asked")
+    told = river.read("registry", "forget", "--subject", name, "--adapter", "forget", "--receipt", receipt, *more)
     assert told["revoked"] == {"forget": 2}
     assert told["lost_servers"] == []
     refused = httpx.post(f"{river.url}/v1/completions", json={"model": "forget@2", "prompt": "x"})
@@ -81,6 +82,10 @@ def test_forgotten_by_command_rebuilt_purged_and_proved(river: River) -> None:
     ledger.close()
     assert not river.learned("forget", canary)
     river.tell("registry", "verify", "forget")
+    certificate = str(river.data / "store" / "forgets" / "asked.dsse.json")
+    checked = river.read("registry", "verify", certificate, "--receipt", receipt, "--replay")
+    assert (checked["erased"], checked["opened"], checked["problems"], checked["superseded"]) == (1, 1, [], [])
+    assert [each["equal"] for each in checked["replayed"]] == [True]
     assert not river.files_with(canary)
     assert not river.files_with(name)
     assert not river.said(name)

@@ -1,0 +1,45 @@
+"""The audit: what a certificate says stands in the place of the revoked, trained again from the stored entries."""
+
+from typing import Any
+
+from riverdelta.core.errors import Refused
+from riverdelta.core.recipe import Recipe
+from riverdelta.core.settings import Settings
+from riverdelta.core.store import ObjectStore
+from riverdelta.registry import contents
+from riverdelta.registry.keystore import KeyStore
+from riverdelta.registry.ledger import Ledger, Line
+
+
+def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict[str, object]]:
+    """Per adapter both digests. What a later forget has superseded is left out: its entries cannot be read any more."""
+    from riverdelta.core.base import resolve
+    from riverdelta.trainer.base import Base
+    from riverdelta.trainer.fingerprint import fingerprint
+    from riverdelta.trainer.replay import replay
+
+    store, keys = ObjectStore(settings.store_url), KeyStore.open(settings)
+    trainer, done, base = settings.trainer, [], None
+    for each in told["predicate"]["adapters"]:
+        name, number = each["adapter"], each["tip"]["version"]
+        versions = ledger.versions(name)
+        if not number or versions[number].revoked:
+            continue
+        line, head = Line.of(versions, number), ledger.adapter(name)
+        if line.root:
+            raise Refused(f"{name}@{line.root} was imported: what it learned before is not in the log.", "")
+        segments = [ledger.segment(name, each) for each in sorted(line.segments)]
+        said = [contents.read(ledger, store, keys, segment) for segment in segments]
+        base = base or Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
+        hands = tuple(segment.hand for segment in segments)
+        made = replay(base, Recipe.from_dict(head.recipe), head.seed, said, hands=hands)[-1].digest
+        done.append(
+            {
+                "version": f"{name}@{number}",
+                "certified": each["tip"]["digest"],
+                "replayed": made,
+                "equal": made == each["tip"]["digest"],
+                "same_environment": fingerprint(base) == versions[number].fingerprint,
+            }
+        )
+    return done

@@ -1,0 +1,188 @@
+"""The certificate of a forget: an in-toto statement of its manifest, and what anybody can check of it without data."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from riverdelta.core import merkle
+from riverdelta.core.digests import canonical_json, digest_of, sha256
+from riverdelta.core.errors import BadInput
+from riverdelta.core.payload import SALT_BYTES
+from riverdelta.core.store import ObjectStore
+
+from . import contents
+from .keystore import KeyStore
+from .ledger import Ledger
+from .ledger.journal import chained
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "https://riverdelta.dev/forget/v1"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a certificate says, every problem found with it, each naming what is wrong, and what has superseded it."""
+
+    request: str
+    erased: int
+    revoked: int
+    adapters: tuple[str, ...]
+    problems: tuple[str, ...]
+    superseded: tuple[str, ...] = ()
+    opened: int = 0
+
+
+def statement(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What is signed: the weights that stand in the place of those revoked, and the manifest that says so."""
+    stands = [
+        {"name": f"{each['adapter']}@{each['tip']['version']}", "digest": {"sha256": each["tip"]["digest"]}}
+        for each in manifest["adapters"]
+        if each["tip"]["version"]
+    ]
+    # A statement is about something: where only the base is left, about what was erased.
+    return {
+        "_type": STATEMENT,
+        "subject": stands or [{"name": "erased", "digest": {"sha256": digest_of(manifest["erased"])}}],
+        "predicateType": PREDICATE,
+        "predicate": dict(manifest),
+    }
+
+
+def check(told: Mapping[str, Any]) -> Checked:
+    """Everything in an opened certificate that must fit together, without data: paths to roots, versions, journal."""
+    try:
+        if told["_type"] != STATEMENT or told["predicateType"] != PREDICATE:
+            raise BadInput("The certificate is about something else than a forget.", "Give a forget's certificate.")
+        return _check(told)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"The certificate lacks something: {error!r}.", "Ask the issuer for it again.") from error
+
+
+def _check(told: Mapping[str, Any]) -> Checked:
+    held = told["predicate"]
+    problems = []
+    if canonical_json(statement(held)["subject"]) != canonical_json(told["subject"]):
+        problems.append("It is about other weights than its manifest names.")
+    roots = {(each["adapter"], each["segment"]): each for each in held["segments"]}
+    for entry in held["erased"]:
+        segment = roots[entry["adapter"], entry["segment"]]
+        path = [bytes.fromhex(each) for each in entry["path"]]
+        place = entry["index"] - segment["first"]
+        root = merkle.climb(bytes.fromhex(entry["commitment"]), place, segment["count"], path)
+        if root is None or root.hex() != segment["root"]:
+            problems.append(
+                f"Entry {entry['index']} of {entry['adapter']} is not in the tree of segment {entry['segment']}."
+            )
+    for each in held["adapters"]:
+        revoked = {version["version"] for version in each["revoked"]}
+        stands = {version["version"] for version in each["rebuilt"]} | {each["clean_parent"]["version"]}
+        if revoked & (stands | {each["tip"]["version"]}):
+            problems.append(f"A version of {each['adapter']} that was revoked stands in its own place.")
+        chain = each["journal"]["before"]
+        for line in each["journal"]["lines"]:
+            chain = chained(chain, line if isinstance(line, str) else sha256(canonical_json(line)))
+        if chain != each["journal"]["chain"]:
+            problems.append(f"The journal of {each['adapter']} does not lead to where it ends.")
+    if held["purged_at"] < held["fenced_at"]:
+        problems.append("It was purged before it was fenced.")
+    revoked_count = sum(len(each["revoked"]) for each in held["adapters"])
+    names = tuple(each["adapter"] for each in held["adapters"])
+    return Checked(held["request"], len(held["erased"]), revoked_count, names, tuple(problems))
+
+
+class Opening(msgspec.Struct):
+    """What opens one entry's commitment: its salt, and what it said, base64."""
+
+    adapter: str
+    index: int
+    salt: str
+    content: str
+
+
+class Receipt(msgspec.Struct):
+    """What a subject keeps: what their entries said, which nobody else can say once they are erased."""
+
+    entries: list[Opening]
+
+
+def receipt(
+    ledger: Ledger, store: ObjectStore, keys: KeyStore, subject: str, adapters: Sequence[str] | None
+) -> Receipt:
+    """The receipt of a subject (as its keyed hash) for what some adapters (None: all) hold of it now."""
+    names = [head.name for head in ledger.adapters()] if adapters is None else adapters
+    entries = []
+    for name in names:
+        for segment, manifest in ledger.manifests(name):
+            if subject not in manifest.mentions:
+                continue
+            openings = contents.read_openings(store, keys, segment, manifest)
+            for place, (entry, opening) in enumerate(zip(manifest.entries, openings, strict=True)):
+                if opening is not None and subject in entry.subjects:
+                    salt, said = (
+                        base64.b64encode(part).decode() for part in (opening[:SALT_BYTES], opening[SALT_BYTES:])
+                    )
+                    entries.append(Opening(name, segment.first + place, salt, said))
+    return Receipt(entries)
+
+
+def open_receipt(told: Mapping[str, Any], data: bytes) -> tuple[int, list[str]]:
+    """How many erased entries a receipt opens, and what does not fit: an entry that the certificate does not name, or
+    names with another content."""
+    try:
+        given = msgspec.json.decode(data, type=Receipt)
+        openings = [(each, base64.b64decode(each.salt) + base64.b64decode(each.content)) for each in given.entries]
+    except (msgspec.DecodeError, ValueError) as error:
+        raise BadInput(
+            f"The receipt cannot be read: {error}.", "Give the file that `forget --receipt` wrote."
+        ) from error
+    erased = {(each["adapter"], each["index"]): each["commitment"] for each in told["predicate"]["erased"]}
+    opened, problems = 0, []
+    for each, opening in openings:
+        commitment = erased.get((each.adapter, each.index))
+        if commitment is None:
+            problems.append(f"Entry {each.index} of {each.adapter} is in the receipt and was not erased.")
+        elif merkle.leaf(opening).hex() != commitment:
+            problems.append(f"Entry {each.index} of {each.adapter} said something else than the receipt.")
+        else:
+            opened += 1
+    return opened, problems
+
+
+def check_stored(ledger: Ledger, told: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What the ledger says otherwise than a certificate, and what has superseded it since: a later forget that revoked
+    what stood in the place of the first."""
+    problems, superseded = [], []
+    held = told["predicate"]
+    facts = {each["adapter"]: ledger.facts(each["adapter"]) for each in held["adapters"]}
+    for each in held["adapters"]:
+        name, journal = each["adapter"], each["journal"]
+        known = {fact.seq: fact for fact in facts[name]}
+        last = known.get(journal["seq"])
+        if last is None or last.chain != journal["chain"]:
+            problems.append(f"The journal of {name} is not the one that the certificate continues.")
+        version = ledger.versions(name).get(each["tip"]["version"])
+        if each["tip"]["version"] and (version is None or version.digest != each["tip"]["digest"]):
+            problems.append(f"{name}@{each['tip']['version']} has other weights than the certificate says.")
+        elif version is not None and version.revoked:
+            by = [
+                fact.body["request"]
+                for fact in facts[name]
+                if fact.kind == "forget" and version.number in fact.body["revoked"] and fact.seq > journal["seq"]
+            ]
+            superseded += [f"{name}@{version.number} by the forget {request}" for request in by]
+            if not by:
+                problems.append(f"{name}@{version.number} is revoked, and no later forget says so.")
+        for number in {part["segment"] for part in held["segments"] if part["adapter"] == name}:
+            [said] = [part for part in held["segments"] if (part["adapter"], part["segment"]) == (name, number)]
+            sealed = [fact.body for fact in facts[name] if fact.kind == "sealed" and fact.body["segment"] == number]
+            if [fact["root"] for fact in sealed] != [said["root"]]:
+                problems.append(f"Segment {number} of {name} was sealed with another root.")
+    for entry in held["erased"]:
+        number = entry["segment"]
+        manifest, segment = ledger.manifest(entry["adapter"], number), ledger.segment(entry["adapter"], number)
+        if not manifest.entries[entry["index"] - segment.first].tombstone:
+            problems.append(f"Entry {entry['index']} of {entry['adapter']} is live in the ledger.")
+    return problems, superseded

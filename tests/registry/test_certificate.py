@@ -1,0 +1,167 @@
+"""Certificates: what each of three readers finds, and every changed byte detected and named."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from riverdelta.core.errors import BadInput, Corrupt
+from riverdelta.core.settings import Kafka, Settings
+from riverdelta.registry import operations
+from riverdelta.registry.certificate import check, check_stored, open_receipt
+from riverdelta.registry.keeper import Keeper
+from riverdelta.registry.ledger import tables as t
+from riverdelta.registry.purge import PUBLIC_KEY, certificate_key
+from riverdelta.registry.signing import key_of, opened, sign
+from riverdelta.registry.verify import verify
+from tests.registry.stack import Stack, two_versions
+
+
+class Issued(NamedTuple):
+    """A stack in which ann was forgotten, her receipt, and the certificate with the issuer's public key."""
+
+    stack: Stack
+    receipt: bytes
+    data: bytes
+    pem: bytes
+
+
+def forget(stack: Stack, subject: str, request: str) -> bytes:
+    """Forget a subject; the certificate."""
+    operations.forget(stack.ledger, stack.settings, subject, ["acme"], actor="op", request=request)
+    stack.train("acme")
+    keeper = Keeper(stack.ledger, stack.settings, stack.store, orphan_seconds=0.0)
+    while keeper.advance_forgets():
+        pass
+    return stack.store.get(certificate_key(request))
+
+
+@pytest.fixture(scope="module")
+def issued(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Issued]:
+    folder = tmp_path_factory.mktemp("issued")
+    stack = two_versions(Settings.read(data=folder / "data", kafka=Kafka(bootstrap="127.0.0.1:1")))
+    operations.write_receipt(stack.ledger, stack.settings, "ann", ["acme"], folder / "receipt.json")
+    data = forget(stack, "ann", "req")
+    yield Issued(stack, (folder / "receipt.json").read_bytes(), data, stack.store.get(PUBLIC_KEY))
+    stack.ledger.close()
+
+
+def test_anyone_checks_it_without_data(issued: Issued) -> None:
+    told = opened(issued.data, key_of(issued.pem))
+    found = check(told)
+    assert (found.request, found.erased, found.revoked, found.problems) == ("req", 1, 1, ())
+    assert [each["name"] for each in told["subject"]] == ["acme@3"]
+    assert check_stored(issued.stack.ledger, told) == ([], [])
+    assert b"canary" not in issued.data
+    assert b'"ann"' not in issued.data
+
+
+def test_the_subject_opens_their_entries(issued: Issued) -> None:
+    told = opened(issued.data, key_of(issued.pem))
+    assert open_receipt(told, issued.receipt) == (1, [])
+    held = json.loads(issued.receipt)
+    assert len(held["entries"]) == 1
+    for name, wrong in (("content", "AAAA"), ("salt", "A" * 24), ("index", 3)):
+        changed = {"entries": [{**held["entries"][0], name: wrong}]}
+        count, [problem] = open_receipt(told, json.dumps(changed).encode())
+        assert count == 0
+        assert "acme" in problem
+    with pytest.raises(BadInput):
+        open_receipt(told, issued.receipt[:-3])
+    receipt = Path(issued.stack.settings.data.parent / "receipt.json")
+    assert receipt.stat().st_mode & 0o077 == 0
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_every_changed_byte_of_a_certificate_is_found(issued: Issued, data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, len(issued.data) - 1))
+    byte = data.draw(st.integers(0, 255).filter(lambda byte: byte != issued.data[place]))
+    key = key_of(issued.pem)
+    for wrong in (issued.data[:place] + bytes([byte]) + issued.data[place + 1 :], issued.data[:place]):
+        with pytest.raises(Corrupt, match="certificate"):
+            opened(wrong, key)
+
+
+def test_what_another_signed_is_not_the_issuers(issued: Issued, tmp_path: Path) -> None:
+    told = opened(issued.data, key_of(issued.pem))
+    with pytest.raises(Corrupt, match="not signed by the key"):
+        opened(sign(tmp_path / "other", told), key_of(issued.pem))
+    assert sign(issued.stack.settings.keys_dir, told) == issued.data
+    with pytest.raises(BadInput):
+        key_of(b"not a key")
+
+
+def test_a_signed_lie_does_not_fit_together(issued: Issued) -> None:
+    """Whoever holds the key cannot sign what contradicts itself or the ledger and have it pass."""
+    told = opened(issued.data, key_of(issued.pem))
+
+    def changed(*path: object) -> list[str]:
+        copy = json.loads(json.dumps(told))
+        place = copy["predicate"]
+        *way, last, value = path
+        for step in way:
+            place = place[step]
+        place[last] = value
+        return [*check(copy).problems, *check_stored(issued.stack.ledger, copy)[0]]
+
+    other = "0" * 64
+    assert "not in the tree" in changed("erased", 0, "commitment", other)[0]
+    assert any("another root" in problem for problem in changed("segments", 0, "root", other))
+    assert "other weights" in changed("adapters", 0, "tip", "digest", other)[0]
+    assert "stands in its own place" in changed("adapters", 0, "revoked", 0, "version", 3)[0]
+    assert "does not lead" in changed("adapters", 0, "journal", "lines", 0, other)[0]
+    assert "before it was fenced" in changed("purged_at", "2000-01-01T00:00:00.000Z")[0]
+
+
+@pytest.mark.parametrize("what", ["payload", "weights", "state"])
+def test_every_changed_byte_of_the_store_is_found(issued: Issued, what: str) -> None:
+    stack, version = issued.stack, issued.stack.ledger.version("acme", 1)
+    key, named = {
+        "payload": (stack.ledger.segment("acme", 1).payload, "Segment 1"),
+        "weights": (f"weights/{version.digest}.safetensors", "Version 1"),
+        "state": (f"states/{version.state}.safetensors", "Version 1"),
+    }[what]
+    written = stack.store.get(key)
+    for place in range(0, len(written), max(1, len(written) // 40)):
+        stack.store.put(key, written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+        [problem] = verify(stack.ledger, stack.store, stack.keys, "acme").problems
+        assert problem.startswith(named)
+    stack.store.put(key, written)
+    assert verify(stack.ledger, stack.store, stack.keys, "acme").problems == ()
+
+
+def test_every_changed_byte_of_a_manifest_is_found(issued: Issued) -> None:
+    stack, s = issued.stack, t.segments.c
+    written = stack.ledger.manifest("acme", 2).pack()
+    this = t.segments.update().where(s.adapter == "acme", s.number == 2)
+    for place in range(0, len(written), 3):
+        wrong = written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :]
+        with stack.ledger.db.write() as c:
+            c.execute(this.values(manifest=wrong))
+        problems = verify(stack.ledger, stack.store, stack.keys, "acme").problems
+        assert problems, place
+    with stack.ledger.db.write() as c:
+        c.execute(this.values(manifest=written))
+    assert verify(stack.ledger, stack.store, stack.keys, "acme").problems == ()
+
+
+def test_superseded_is_not_tampered(tmp_path: Path) -> None:
+    stack = two_versions(Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1")))
+    stack.seal("acme", [("cat", "canary-cat"), ("bob", "more")])
+    stack.train("acme")
+    first = forget(stack, "ann", "first")
+    second = forget(stack, "cat", "second")
+    key = key_of(stack.store.get(PUBLIC_KEY))
+    earlier, later = opened(first, key), opened(second, key)
+    problems, superseded = check_stored(stack.ledger, earlier)
+    assert problems == []
+    assert [each.split(" by the forget ")[1] for each in superseded] == ["second"]
+    assert check_stored(stack.ledger, later) == ([], [])
+    assert later["predicate"]["previous"] == stack.ledger.forget_of("first").body["certificate_sha"]
+    assert os.stat(stack.settings.keys_dir / "certificates.key").st_mode & 0o077 == 0
