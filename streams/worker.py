@@ -88,7 +88,7 @@ class Worker:
         left = sum(len(state.open) for state in self.owner.states())
         waiting = sum(len(state.joins) for state in self.owner.states())
         log.info(
-            "stopped; what is open is read again from Kafka at the next start",
+            "stopped; everything is sealed" if seal_all else "stopped; what is open is read again at the next start",
             extra={"open_entries": left, "waiting_to_be_joined": waiting},
         )
 
