@@ -31,6 +31,7 @@ import httpx
 import torch
 import transformers
 
+from benchmarks.load import linears_of
 from riverdelta.core.settings import Kafka, Serving, Settings
 from riverdelta.serving.engine.invariance import MARGIN
 from tests.serving.hand import Hand, Linears, random_lora
@@ -56,19 +57,6 @@ class Seen:
     failed: int = 0
     phase: str = "warm-up"
     stop: bool = False
-
-
-def linears_of(base: Path) -> Linears:
-    """The linear layers of a base, without its weights."""
-    config = transformers.AutoConfig.from_pretrained(base)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    return {
-        path: (module.in_features, module.out_features)
-        for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
 
 
 async def stream(

@@ -122,14 +122,24 @@ class Scheduler:
         self._admit()
         work = []
         budget = self.limits.prefill_chunk
-        for seq in sorted(self.running, key=self._standing):
+        # Whoever comes first may have the whole chunk, another no more than its part: a step that has the prompt of a
+        # tenant who asks for little must not be long.
+        part = budget // max(1, len({s.tenant for s in self.running}))
+        parts: dict[str, int] = {}
+        held = Counter(s.tenant for s in self.running)
+        for seq in sorted(
+            self.running, key=lambda s: (self.paid_by_tenant[s.tenant], held[s.tenant], self._standing(s))
+        ):
             if not seq.running:
                 continue  # preempted for one before it
             left = len(seq.tokens) - seq.computed
-            size = left if left == 1 else self._chunk(seq, left, budget)
+            mine = parts.setdefault(seq.tenant, part if parts else budget) if left > 1 else 0
+            size = left if left == 1 else self._chunk(seq, left, min(budget, mine))
             if size == 0 or not self._grow(seq, seq.computed + size):
                 continue
-            budget -= size if left > 1 else 0
+            if left > 1:
+                budget -= size
+                parts[seq.tenant] -= size
             work.append(Work(seq, seq.computed, size, size == left))
         return [w for w in work if w.seq.running]
 
@@ -171,10 +181,14 @@ class Scheduler:
 
     def _admit(self) -> None:
         self._prefetch()
+        short: set[str] = set()  # tenants whose next found too few blocks
         while True:
-            seq, victim = self._next()
+            seq, victim = self._next(short)
             if seq is None:
                 return
+            if short and self._beyond_share_of_blocks(seq):
+                short.add(seq.tenant)
+                continue
             if victim is not None:
                 self._preempt(victim)
             shared = self._match(seq)
@@ -182,9 +196,12 @@ class Scheduler:
             while (blocks := self.pool.take(shared, fresh, seq.digest)) is None:
                 victim = self._over_share(seq, len(shared) + fresh, self.pool.num_blocks, lambda s: len(s.blocks))
                 if victim is None:
-                    return  # in turn: a short one must not overtake it for ever
+                    break
                 self._preempt(victim)
-            self._start(seq, blocks, len(shared) * self.limits.block_size)
+            if blocks is None:
+                short.add(seq.tenant)  # in turn: a short one must not overtake it for ever
+            else:
+                self._start(seq, blocks, len(shared) * self.limits.block_size)
 
     def _start(self, seq: Sequence, blocks: list[int], cached: int) -> None:
         self._unqueue(seq)
@@ -219,14 +236,21 @@ class Scheduler:
             owed = PROMPT_COST * (seq.prompt_len - seq.paid)
             by_tenant[seq.tenant] += owed
             by_key[seq.owner] += owed
-        return sorted(self.waiting, key=lambda k: (by_tenant[k[0]], by_key[k], self.waiting[k][0].arrival))
+        held = Counter(s.tenant for s in self.running)
+        return sorted(self.waiting, key=lambda k: (by_tenant[k[0]], held[k[0]], by_key[k], self.waiting[k][0].arrival))
 
-    def _next(self) -> tuple[Sequence | None, Sequence | None]:
+    def _beyond_share_of_blocks(self, seq: Sequence) -> bool:
+        """Whether its tenant would hold more blocks than its share with it; within that, it takes from nobody's."""
+        held = sum(len(s.blocks) for s in self.running if s.tenant == seq.tenant)
+        share = self.pool.num_blocks / len({tenant for tenant, _ in self._active_keys()})
+        return held - (-len(seq.tokens) // self.limits.block_size) > share
+
+    def _next(self, short: set[str]) -> tuple[Sequence | None, Sequence | None]:
         """Whom to admit, and whom to preempt for it where the batch is full: the first in turn whose weights are there,
-        and, of a full batch, whose tenant and key have less than their share."""
+        whose tenant is not `short`, and, of a full batch, whose tenant and key have less than their share."""
         full = len(self.running) >= self.limits.max_batch
         for owner in self._owners_in_turn():
-            for seq in self.waiting[owner]:
+            for seq in () if owner[0] in short else self.waiting[owner]:
                 if seq.digest is None or (seq.holds_slot and self.slots.ready(seq.digest)):
                     victim = self._over_share(seq, 1, self.limits.max_batch, lambda _: 1) if full else None
                     if victim is not None or not full:
