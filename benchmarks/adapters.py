@@ -1,5 +1,5 @@
-"""Thousands of adapters through a few device slots: time to first token under a Zipf load, beside an engine that holds all
-of them on the device.
+"""Thousands of adapters through a few device slots: time to first token under a Zipf load, beside an engine that holds
+all of them on the device.
 
 Clients ask without pause, each request for an adapter drawn by a Zipf law of exponent 1. The engines take turns; host
 memory holds half of the adapters, so that some are read again from where they are stored. No request may fail.
