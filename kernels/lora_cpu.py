@@ -96,6 +96,8 @@ def _product(layout: SlotLayout, members: list[tuple[int, int, int]], exact: boo
         for slot, row, count in members
         for begin in range(0, count, height)
     ]
+    if exact and len(items) == 1:  # a product of one item is computed another way than the same item among others
+        items.append((items[0][0], items[0][1], 0))
     slots = [slot for slot, _, _ in items]
     places = [row for _, rows, _ in items for row in rows]
     kept = [at * height + i for at, (_, _, count) in enumerate(items) for i in range(min(height, count))]

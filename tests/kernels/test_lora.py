@@ -132,3 +132,21 @@ def test_wrong_calls_say_what_to_do(make_case):
         lora_delta(case.x[:, :90], case.pool, case.segments(), case.out)
     with pytest.raises(ValueError, match="sum to out_features"):
         LoraPool(1, 8, 9, 4, parts=(4, 4))
+
+
+@pytest.mark.parametrize("into", [64, 128])
+@pytest.mark.parametrize("rank", [1, 2, 3, 8])
+def test_exact_runs_have_the_same_bits_alone_and_among_others(into, rank):
+    generator = torch.Generator().manual_seed(rank)
+    pool = LoraPool(3, into, 64, 8)
+    for slot in range(3):
+        a, b = torch.randn(rank, into, generator=generator), torch.randn(64, rank, generator=generator)
+        pool.write(slot, a, b, 1.0)
+    for count in (1, 2, 5, 16, 17, 40):
+        x = torch.randn(count + 171, into, generator=generator)
+        alone = lora_delta(x[:count], pool, Segments.build([(1, count)], "cpu", exact=True), torch.zeros(count, 64))
+        for before, after in ((1, 0), (2, 40), (128, 3)):
+            rows = torch.cat([x[-before:], x[:count], x[count : count + after]])
+            runs = [(0, before), (1, count), (2, after)]
+            among = lora_delta(rows, pool, Segments.build(runs, "cpu", exact=True), torch.zeros(len(rows), 64))
+            assert torch.equal(among[before : before + count], alone), (count, before, after)

@@ -166,7 +166,7 @@ def test_a_flood_does_not_delay_anothers_first_token(half, flood, adapters, prom
         world.add(f"v{n}", "victim", "v" if weights else None, [1, 2] * 4, 1)
     for _ in range(3):  # in the first two its weights are asked for and brought
         world.step()
-    assert not any(name.startswith("v") for name in world.live)
+    assert not any(name.startswith("v") for name in world.live), (half, flood, adapters, prompt, answer, warm, weights)
 
 
 def test_many_keys_give_a_tenant_one_share():
