@@ -164,7 +164,7 @@ def test_a_flood_does_not_delay_anothers_first_token(half, flood, adapters, prom
         world.step()
     for n in range(min(2, half // 2)):
         world.add(f"v{n}", "victim", "v" if weights else None, [1, 2] * 4, 1)
-    for _ in range(3):  # in the first two its weights are asked for and brought
+    for _ in range(4):  # its weights are asked for, brought, and places made; then its prompts are computed
         world.step()
     assert not any(name.startswith("v") for name in world.live), (half, flood, adapters, prompt, answer, warm, weights)
 
