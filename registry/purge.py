@@ -17,10 +17,12 @@ from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.errors import Conflict, NotFound
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore, state_key, weights_key
+from riverdelta.core.telemetry import now
 
 from . import contents, gc
 from .certificate import statement
 from .evidence import finish, kafka_still_holds
+from .kafka_delete import delete_request
 from .keystore import KeyStore
 from .ledger import Forget, Ledger, Stage
 from .mlflow_projection import Projection
@@ -77,6 +79,11 @@ class Purge:
             left = self._erase(forget, manifest)
             if left is None:
                 return False
+            asked = forget.body.get("asked")
+            if asked and delete_request(self._settings, asked):
+                for held in manifest["kafka"]:
+                    if held["topic"] == asked["topic"]:
+                        held["unreadable_since"] = now()
             manifest = finish(manifest, self._ledger, forget, left)
             self._store.put(key, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
         signed = sign(self._settings.keys_dir, statement(manifest))
