@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from riverdelta.core.curation import Curation
 from riverdelta.core.errors import NotFound, Refused
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
@@ -112,12 +113,14 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
     from riverdelta.core.base import resolve
     from riverdelta.trainer.base import Base
     from riverdelta.trainer.fingerprint import fingerprint
+    from riverdelta.trainer.near import without_near_duplicates
     from riverdelta.trainer.replay import replay
 
     places = [at for segment in wanted.segments for at in segment]
     progress("reading the events", 0, len(places))
     check_incarnation(settings, wanted.incarnations)
-    lessons = read_lessons(settings, wanted.adapter, places)
+    recipe = Recipe.from_dict(wanted.recipe)
+    lessons = read_lessons(settings, wanted.adapter, places, Curation(recipe.curate))
     key = SubjectKey.open(settings.keys_dir)
     until = {subject: wanted.allowed.get(key.subject(subject), math.inf) for subject in without}
     left_out = {
@@ -129,10 +132,17 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
     trainer = settings.trainer
     progress("loading the base model", 0, len(places))
     base = Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
-    segments = [[None if at in left_out else lessons[at].content for at in segment] for segment in wanted.segments]
+    segments = [
+        without_near_duplicates(
+            [None if at in left_out else lessons[at].content for at in segment],
+            [lessons[at].subjects for at in segment],
+            recipe.curate.alike,
+        )
+        for segment in wanted.segments
+    ]
     made = replay(
         base,
-        Recipe.from_dict(wanted.recipe),
+        recipe,
         wanted.seed,
         segments,
         lambda done, of: progress("training segment by segment", done, of),

@@ -5,11 +5,12 @@ import contextlib
 import time
 import uuid
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from msgspec import UNSET
 
-from riverdelta.core.errors import NotFound, Unavailable
+from riverdelta.core.curation import Curation
+from riverdelta.core.errors import Corrupt, NotFound, Unavailable
 from riverdelta.core.events import ContractError, Event, Feedback, Interaction, content_of, decode
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.settings import Settings
@@ -57,8 +58,9 @@ def _id(incarnation: str) -> uuid.UUID:
     )
 
 
-def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Place]) -> dict[Place, Lesson]:
-    """The lessons of the entries at these places of the events topic; `NotFound` when Kafka no longer holds one."""
+def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Place], curate: Curation) -> dict[Place, Lesson]:
+    """The lessons of the entries at these places of the events topic, as the recipe's rules leave them; `NotFound`
+    when Kafka no longer holds one, `Corrupt` when the rules would not have let it in."""
     events = _events(settings, adapter, {(partition, offset) for partition, offset, _ in wanted})
     partners = _Partners(events.values(), SubjectKey.open(settings.keys_dir))
     lessons: dict[Place, Lesson] = {}
@@ -71,7 +73,13 @@ def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Place]) -> d
                 "Retention has removed it, or a memory-only broker has restarted; the ledger's own check is "
                 f"`riverdelta registry verify {adapter}`.",
             )
-        lessons[place] = lesson
+        content, why = curate(lesson.content)
+        if content is None:
+            raise Corrupt(
+                f"{adapter} learned what is at {place[0]}:{place[1]}, which its recipe's rules drop ({why}).",
+                "Was the ledger's recipe changed by hand?",
+            )
+        lessons[place] = replace(lesson, content=content)
     return lessons
 
 

@@ -61,7 +61,25 @@ def decode_step() -> str:
     return f"{_where(report)}; {versions}. `{report['command']}`\n\n" + _table(heads, rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"lora_kernels": lora_kernels, "decode_step": decode_step}
+def freshness() -> str:
+    """Seconds by stage."""
+    report = _load("freshness")
+    heads = ["stage", "p50 s", "p99 s"]
+    rows: list[list[Any]] = [
+        [f"to {stage}", f"{t['p50_s']:.2f}", f"{t['p99_s']:.2f}"] for stage, t in report["stages"].items()
+    ]
+    rows.append(["**publish to answer**", f"**{report['p50_s']:.2f}**", f"**{report['p99_s']:.2f}**"])
+    machine = report["machine"]
+    cores = f"{machine['cores']} cores of {machine['cpu']}, shared with the broker"
+    where = f"{cores}, torch {machine['torch']}, {report['date']}"
+    return f"{where}; {report['probes']} probes. `{report['command']}`\n\n" + _table(heads, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "lora_kernels": lora_kernels,
+    "decode_step": decode_step,
+    "freshness": freshness,
+}
 
 
 def fill(text: str) -> str:

@@ -1,5 +1,6 @@
 """Recipes: everything that shapes an adapter's training, as a small TOML file with a documented default."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,6 +62,38 @@ class Seal(Struct, frozen=True, forbid_unknown_fields=True):
     linger: Annotated[float, Meta(ge=0)] = 0.2
 
 
+PERSONAL = {
+    "email": r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+",
+    "iban": r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b",
+    "card": r"(?<!\d)(?:\d[ -]?){12,18}\d(?!\d)",
+    "ip": r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])",
+    "phone": r"(?<![\w.])(?:\+|00)\d{1,3}[\s().-]{0,2}(?:\d[\s().-]{0,2}){6,12}\d(?![\w])",
+}
+"""Patterns of what is personal, by the name that `redact` gives them, in the order in
+which they are looked for: plain forms, no proof that nothing is missed."""
+
+
+class Curate(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is learned of the events: characters over all texts of one; patterns that must, or must not, be found in it;
+    what is replaced by its name in brackets. `alike` masks a subject's near-duplicates in a segment; 0 is off."""
+
+    min_chars: Annotated[int, Meta(ge=0)] = 1
+    max_chars: Annotated[int, Meta(ge=1)] = 32_000
+    require: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+    redact: tuple[Literal["email", "phone", "card", "iban", "ip"], ...] = ()
+    replace: dict[str, str] = {}
+    alike: Annotated[float, Meta(ge=0, le=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        """`ValueError` for a pattern that is none."""
+        for pattern in (*self.require, *self.deny, *self.replace.values()):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+
+
 class Question(Struct, frozen=True, forbid_unknown_fields=True):
     """One of an operator's own questions, with the answer that no increment may unlearn."""
 
@@ -91,6 +124,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     optimiser: Optimiser = Optimiser()
     training: Training = Training()
     gate: Gate = Gate()
+    curate: Curate = Curate()
     seal: Seal = Seal()
     seed: Annotated[int, Meta(ge=0)] = 0
 

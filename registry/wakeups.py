@@ -56,7 +56,6 @@ class Wakeups:
 
     def _drain(self) -> None:
         from kafka import KafkaProducer
-        from kafka.errors import KafkaError
 
         producer = None
         while True:
@@ -74,7 +73,7 @@ class Wakeups:
                 for topic, adapter in dict.fromkeys(batch):
                     producer.send(topic, value=adapter.encode())
                 producer.flush(timeout=2)
-            except (KafkaError, OSError) as error:
+            except Exception as error:  # the client's own too, when it is closed under it: a hint is not worth a word
                 log.debug("wake-up not sent: %s", error)
                 self._stop.wait(_RETRY_SECONDS)
         if producer is not None:

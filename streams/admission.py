@@ -12,6 +12,7 @@ from types import MappingProxyType
 from msgspec import Struct
 from msgspec.structs import replace
 
+from riverdelta.core.curation import Curation
 from riverdelta.registry.ledger import Manifest, ManifestEntry
 
 from .items import FEEDBACK, INTERACTION, Item, Where
@@ -23,6 +24,7 @@ SUPPRESSED = "suppressed"  # it is an entry, a tombstone from its start
 DUPLICATE = "duplicate"  # a producer sent it before, within the window
 REDELIVERED = "redelivered"  # it was decided before
 WAITING = "waiting"  # for its interaction, or for feedback on it
+CURATED = "curated_"  # dropped by the recipe's rules, which of them follows
 UNUSED = "unused"  # feedback that leaves nothing to learn
 
 
@@ -116,6 +118,7 @@ class Admission:
         count: int,
         age: float,
         linger: float,
+        curate: Curation,
         dedupe: int,
         consumed: Mapping[Where, int],
         suppressed: frozenset[str],
@@ -134,6 +137,7 @@ class Admission:
         self._count = count
         self._age = age
         self._linger = linger
+        self._curate = curate
         self._dedupe = dedupe
         self._revoked = revoked
         self._window = {event: index for index, event in recent if event}
@@ -162,7 +166,7 @@ class Admission:
         if item.offset < self._decided.get(item.where, 0):
             return REDELIVERED
         self._decided[item.where] = item.offset + 1
-        return self._append(OpenEntry(item.where, item.offset, item.event, item.subjects, item.content, "", at))
+        return self._enter(OpenEntry(item.where, item.offset, item.event, item.subjects, item.content, "", at))
 
     def join(self, item: Item, at: float, age: float) -> list[str]:
         """Decide an interaction or feedback that was `age` seconds old on arrival: an entry for each pair it makes."""
@@ -185,7 +189,7 @@ class Admission:
             partner = (other.where, other.offset)
             entry = OpenEntry(key.where, key.offset, feedback.event, subjects, content, written_by, at, partner)
             entry.copies = _lowest([place for place in copies if place[1] >= self._consumed.get(place[0], 0)], {})
-            verdicts.append(self._append(entry))
+            verdicts.append(self._enter(entry))
         if fresh and item.kind == INTERACTION:
             self._meet_again(item)
         return verdicts or [WAITING if fresh else REDELIVERED]
@@ -206,6 +210,15 @@ class Admission:
             self._decided[where] = max(following, self._decided.get(where, 0))
             self._loose.add(where)
         return len(self.open)
+
+    def _enter(self, entry: OpenEntry) -> str:
+        """Append what the recipe's rules leave of an entry."""
+        if entry.content is not None:
+            entry.content, why = self._curate(entry.content)
+            if entry.content is None:  # by nothing but the event itself: whoever reads it again decides the same
+                self._loose.add(entry.where)
+                return f"{CURATED}{why}"
+        return self._append(entry)
 
     def _append(self, entry: OpenEntry) -> str:
         event = entry.event

@@ -8,18 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from riverdelta.core.curation import Curation
 from riverdelta.core.errors import Conflict, NotFound, Refused
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry.ledger import AdapterRecord, Ledger
 
-from .admission import Admission
+from .admission import CURATED, Admission
 from .items import EXAMPLE, FEEDBACK, DeadLetter, Item, Parcel, Where
 from .joining import Joins
 from .patience import Patience
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+_SAMPLED = 1000  # of events dropped by a rule, one in so many is told of
 _REMEMBERED = 2_000_000  # event hashes that idle adapters may keep in memory, about 130 bytes each
 
 
@@ -59,6 +61,7 @@ class Owner:
         self.fence = 0
         self.dead: list[DeadLetter] = []
         self.tally: Counter[str] = Counter()
+        self._curated: Counter[str] = Counter()
 
     def states(self) -> Iterator[Admission]:
         """Every adapter in memory."""
@@ -121,9 +124,28 @@ class Owner:
             bucket.busy[name] = state
             self._used[name] = at
             if item.kind == EXAMPLE:
-                tally[state.admit(item, at)] += 1
+                verdicts = [state.admit(item, at)]
             else:
-                tally.update(state.join(item, at, max(0.0, wall - item.logged) if item.logged > 0 else 0.0))
+                verdicts = state.join(item, at, max(0.0, wall - item.logged) if item.logged > 0 else 0.0)
+            for verdict in verdicts:
+                tally[verdict] += 1
+                if verdict.startswith(CURATED):
+                    self._sample(item, verdict)
+
+    def _sample(self, item: Item, verdict: str) -> None:
+        """Tell of the first event that a rule drops, and of every thousandth, where in Kafka it lies."""
+        self._curated[verdict] += 1
+        if self._curated[verdict] % _SAMPLED == 1:
+            log.info(
+                "dropped by the recipe's rules",
+                extra={
+                    "adapter": item.adapter,
+                    "rule": verdict.removeprefix(CURATED),
+                    "partition": item.where[1],
+                    "offset": item.offset,
+                    "dropped": self._curated[verdict],
+                },
+            )
 
     def _read(self, action: Callable[[], T]) -> T:
         return self._patience.until(action, "reading the ledger")
@@ -146,7 +168,8 @@ class Owner:
             head = self._create(name)
         # The head before the suppression list: a forget between the two makes the epoch too old, never the list.
         suppressed = self._ledger.suppressed(name)
-        seal = Recipe.from_dict(head.recipe).seal
+        recipe = Recipe.from_dict(head.recipe)
+        seal = recipe.seal
         oldest = max(0, head.next_index - self._settings.dedupe_window)
         recent = (
             (index, entry.event)
@@ -161,6 +184,7 @@ class Owner:
             count=seal.count,
             age=seal.age,
             linger=seal.linger,
+            curate=Curation(recipe.curate),
             dedupe=self._settings.dedupe_window,
             consumed=self._ledger.consumed(name),
             suppressed=suppressed,

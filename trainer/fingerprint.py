@@ -22,7 +22,7 @@ def fingerprint(base: Base) -> dict[str, str | int]:
         "device": _device(base.device),
         "threads": base.threads,
         "dtype": base.dtype,
-        **{name: _version(name) for name in ("torch", "triton", "transformers", "peft", "riverdelta")},
+        **{name: _version(name) for name in ("torch", "triton", "transformers", "peft", "datasketch", "riverdelta")},
     }
 
 

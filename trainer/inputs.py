@@ -7,6 +7,7 @@ from typing import overload
 
 from riverdelta.core.digests import sha256
 from riverdelta.core.errors import Corrupt
+from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore, state_key, weights_key
 from riverdelta.registry import contents
 from riverdelta.registry.keystore import KeyStore
@@ -14,6 +15,7 @@ from riverdelta.registry.ledger import Ledger, SegmentRecord, Work
 from riverdelta.registry.ledger.decisions import lineage
 
 from .gate import usual_of
+from .near import without_near_duplicates
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,11 @@ class Earlier(Sequence[bytes | None]):
     `used` names the segments of which a live entry was handed out.
     """
 
-    def __init__(self, ledger: Ledger, store: ObjectStore, keys: KeyStore, segments: Sequence[SegmentRecord]) -> None:
-        self._ledger, self._store, self._keys, self._segments = ledger, store, keys, segments
+    def __init__(
+        self, ledger: Ledger, store: ObjectStore, keys: KeyStore, segments: Sequence[SegmentRecord], alike: float
+    ) -> None:
+        self._ledger, self._store, self._keys = ledger, store, keys
+        self._segments, self._alike = segments, alike
         self._ends = [0]
         for segment in segments:
             self._ends.append(self._ends[-1] + segment.count)
@@ -56,7 +61,8 @@ class Earlier(Sequence[bytes | None]):
             raise IndexError(slot)
         which = bisect_right(self._ends, slot) - 1
         if self._read[0] != which:
-            self._read = (which, contents.read(self._ledger, self._store, self._keys, self._segments[which]))
+            read = _read(self._ledger, self._store, self._keys, self._segments[which], self._alike)
+            self._read = (which, read)
         content = self._read[1][slot - self._ends[which]]
         if content is not None:
             self.used.add(self._segments[which].number)
@@ -78,8 +84,20 @@ def read_inputs(ledger: Ledger, store: ObjectStore, keys: KeyStore, work: Work) 
         weights = _checked(store.get(weights_key(parent.digest)), parent.digest)
         if parent.state:
             state = _checked(store.get(state_key(parent.state)), parent.state)
-    entries = contents.read(ledger, store, keys, work.segment)
-    return Inputs(entries, Earlier(ledger, store, keys, learned), usual, weights, state)
+    alike = Recipe.from_dict(work.adapter.recipe).curate.alike
+    entries = _read(ledger, store, keys, work.segment, alike)
+    return Inputs(entries, Earlier(ledger, store, keys, learned, alike), usual, weights, state)
+
+
+def _read(
+    ledger: Ledger, store: ObjectStore, keys: KeyStore, segment: SegmentRecord, alike: float
+) -> list[bytes | None]:
+    """A segment's contents, None for tombstones and for a subject's near-duplicates."""
+    live = contents.read(ledger, store, keys, segment)
+    if not alike:
+        return live
+    subjects = [entry.subjects for entry in ledger.manifest(segment.adapter, segment.number).entries]
+    return without_near_duplicates(live, subjects, alike)
 
 
 def _checked(data: bytes, digest: str) -> bytes:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from kafka import KafkaProducer
 
-from .river import River, eventually, facts, question
+from .river import RECIPE, River, eventually, facts, question
 
 
 def test_a_rollback_holds_under_a_running_stream_and_is_undone(river: River) -> None:
@@ -125,6 +125,33 @@ def test_what_feedback_taught_is_trained_again_from_the_raw_events(river: River)
     ledger.close()
     proof = river.read("counterfactual", "fed", "--without", "bob")
     assert (proof["equal"], proof["entries"], proof["tombstones"]) == (True, 3, 1)
+
+
+def test_what_the_rules_leave_is_trained_again_from_the_raw_events(river: River, tmp_path: Path) -> None:
+    rules = '[curate]\ndeny = ["spam"]\nredact = ["email"]\nalike = 0.8\n'
+    (tmp_path / "curated.toml").write_text(RECIPE.replace("count = 2", "count = 4") + rules)
+    river.tell("registry", "create", "curated", "--recipe", str(tmp_path / "curated.toml"))
+    address = f"bob-{uuid.uuid4().hex}@example.org"
+
+    def said(subject: str, text: str) -> dict[str, object]:
+        return {"adapter": "curated", "subject": subject, "text": text}
+
+    river.publish(
+        [
+            *(said(who, "The river is high today, says the gauge.") for who in ("ann", "bob")),
+            said("bob", f"spam, from {address}"),
+            said("bob", f"The river is high today, says the gauge! Write to {address}"),
+            said("bob", f"Ferries stop at nine; ask {address}"),
+        ]
+    )
+    river.released("curated", 1)
+    assert river.entries("curated") == 4
+    assert not river.files_with(address)
+    eventually(lambda: river.said("dropped by the recipe's rules"))
+    river.tell("registry", "forget", "--subject", "ann", "--adapter", "curated")
+    river.released("curated", 2)
+    proof = river.read("counterfactual", "curated", "--without", "ann")
+    assert (proof["equal"], proof["entries"], proof["tombstones"]) == (True, 4, 1)
 
 
 def test_forgotten_by_message_and_by_http(river: River) -> None:

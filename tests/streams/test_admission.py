@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from riverdelta.core.curation import Curation
+from riverdelta.core.recipe import Curate
 from riverdelta.streams.admission import ADMITTED, DUPLICATE, REDELIVERED, SUPPRESSED, Admission
 from riverdelta.streams.items import FEEDBACK, INTERACTION, Item
 from riverdelta.streams.joining import Joins
@@ -16,7 +19,7 @@ P0, P1 = ("run", 0), ("run", 1)
 def fresh(**given: Any) -> Admission:
     standard = {
         "epoch": 0, "next_index": 0, "next_segment": 1, "count": 3, "age": 5.0, "linger": 1.0, "dedupe": 4,
-        "consumed": {},
+        "consumed": {}, "curate": Curation(Curate()),
         "suppressed": frozenset(), "revoked": frozenset(), "recent": (), "joins": Joins(100, 60.0),
     }  # fmt: skip
     return Admission("ada", **{**standard, **given})
@@ -39,6 +42,16 @@ def test_a_full_segment_is_cut_at_once_and_the_rest_when_it_is_old() -> None:
     assert [(draft.trigger, draft.first, draft.consumed) for draft in rest] == [("age", 3, {P0: (3, 4)})]
     assert state.cut(8.0, {}, "drift")[0].trigger == "drift"
     assert [state.lingers(at) for at in (3.0, 3.9, 4.0)] == [False, False, True]
+
+
+def test_what_the_rules_drop_is_no_entry_and_takes_no_identity() -> None:
+    state = fresh(curate=Curation(Curate(deny=("spam",), redact=("ip",))))
+    spam = replace(example(0, event=b"e"), content=b'{"type":"example","text":"spam"}')
+    kept = replace(example(1, event=b"e"), content=b'{"type":"example","text":"at 10.0.0.7"}')
+    assert [state.admit(item, 0.0) for item in (spam, kept, spam)] == ["curated_denied", ADMITTED, REDELIVERED]
+    (draft,) = state.cut(9.0, {})
+    assert draft.contents() == [b'{"type":"example","text":"at [ip]"}']
+    assert draft.consumed == {P0: (0, 2)}
 
 
 def test_a_duplicate_is_known_within_the_window_and_a_restart_knows_the_same() -> None:
