@@ -125,9 +125,7 @@ class Streams(_Part):
     join_seconds: float = Field(3600.0, gt=0, description="how long they wait; a restart reads Kafka again that far")
     buckets: int = Field(64, ge=1, description="owners that adapters are spread over; fixed for a ledger's life")
     workers: int = Field(1, ge=1, description="processes of the dataflow")
-    metrics_port: int = Field(
-        0, ge=0, description="loopback port for Prometheus, one more per further worker; 0 is off"
-    )
+    metrics_port: int = Field(0, ge=0, description="port for Prometheus, one more per further worker; 0 is off")
 
 
 class Trainer(_Part):
@@ -137,7 +135,7 @@ class Trainer(_Part):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the base model's products")
     threads: int = Field(0, ge=0, description="CPU threads; 0 means all cores. Part of the environment fingerprint")
     poll_seconds: float = Field(0.5, gt=0, description="how often the ledger is read when no wake-up comes")
-    metrics_port: int = Field(0, ge=0, description="loopback port for Prometheus; 0 is off")
+    metrics_port: int = Field(0, ge=0, description="port for Prometheus; 0 is off")
 
 
 class Serving(_Part):
@@ -202,6 +200,9 @@ class Settings(BaseSettings):
         None, description="folder of secrets, outside the data folder; default: beside it, `<data>-keys`"
     )
     base: str = Field("", description="Hugging Face id or folder of the base model; `gemma` is the demo's")
+    metrics_host: str = Field(
+        "127.0.0.1", description="address on which dataflow and trainers answer Prometheus, if a port is set"
+    )
     kafka: Kafka = Kafka()
     topics: Topics = Topics()
     streams: Streams = Streams()

@@ -40,14 +40,14 @@ class Metrics:
         for outcome, number in outcomes.items():
             self.events.labels(outcome).inc(number)
 
-    def serve(self, port: int) -> None:
-        """Answer Prometheus on a loopback port; nothing when it is 0."""
+    def serve(self, host: str, port: int) -> None:
+        """Answer Prometheus at an address; nothing when the port is 0."""
         if not port:
             return
         try:
-            start_http_server(port, addr="127.0.0.1", registry=self.registry)
+            start_http_server(port, addr=host, registry=self.registry)
         except OSError as error:
             raise Conflict(
                 f"The metrics port {port} is taken: {error}.", "Set streams.metrics_port to another."
             ) from error
-        log.info("metrics served", extra={"url": f"http://127.0.0.1:{port}/metrics"})
+        log.info("metrics served", extra={"url": f"http://{host}:{port}/metrics"})

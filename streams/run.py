@@ -52,7 +52,7 @@ def run_process(settings: Settings, addresses: list[str], index: int) -> None:
             signal.signal(number, lambda *_: ending.stop.set())
     patience = Patience(ending.stop)
     metrics = Metrics()
-    metrics.serve(settings.streams.metrics_port + index if settings.streams.metrics_port else 0)
+    metrics.serve(settings.metrics_host, settings.streams.metrics_port + index if settings.streams.metrics_port else 0)
     wakeups = Wakeups(settings)
     ledger = None
     try:

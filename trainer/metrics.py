@@ -26,6 +26,9 @@ class Metrics:
             ("adapter",),
             registry=registry,
         )
+        self.waiting = Gauge(
+            "riverdelta_trainer_waiting", "Adapters with a segment that awaits its outcome", registry=registry
+        )
         self.active = Gauge("riverdelta_trainer_active", "Adapters being trained", registry=registry)
         self.seconds = Histogram(
             "riverdelta_trainer_increment_seconds",
@@ -34,14 +37,14 @@ class Metrics:
             registry=registry,
         )
 
-    def serve(self, port: int) -> None:
-        """Answer Prometheus on a loopback port; nothing when it is 0."""
+    def serve(self, host: str, port: int) -> None:
+        """Answer Prometheus at an address; nothing when the port is 0."""
         if not port:
             return
         try:
-            start_http_server(port, addr="127.0.0.1", registry=self.registry)
+            start_http_server(port, addr=host, registry=self.registry)
         except OSError as error:
             raise Conflict(
                 f"The metrics port {port} is taken: {error}.", "Set trainer.metrics_port to another."
             ) from error
-        log.info("Metrics at http://127.0.0.1:%d/metrics", port)
+        log.info("Metrics at http://%s:%d/metrics", host, port)

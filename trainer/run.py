@@ -37,7 +37,7 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
 
     options = settings.trainer
     metrics = Metrics()
-    metrics.serve(options.metrics_port)
+    metrics.serve(settings.metrics_host, options.metrics_port)
     folder = base_files.resolve(settings.base)
     log.info("Loading the base model from %s", folder)
     base = Base.load(folder, options.device, options.dtype, options.threads)

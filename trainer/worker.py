@@ -157,7 +157,9 @@ class Worker:
         if len(self._active) >= self._most:
             return decided
         now = time.monotonic()
-        for name, _ in self._patiently(self._ledger.waiting):
+        waiting = self._patiently(self._ledger.waiting)
+        self._metrics.waiting.set(len(waiting))
+        for name, _ in waiting:
             if len(self._active) >= self._most or self._stop.is_set():
                 break
             if self._active and name not in self._active and not self._may_pack():

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from riverdelta.core.events import MAX_EVENT_BYTES, ContractError, content_of, decode
@@ -69,6 +70,51 @@ def test_an_entry_says_nothing_of_who_it_is_about() -> None:
     event = decode(b'{"adapter":"acme","subject":["ann","bo"],"id":"7","source":"crm","time":"now","text":"hi"}')
     assert event.subjects == ("ann", "bo")
     assert content_of(event.record) == b'{"type":"example","text":"hi"}'
+
+
+GOLDEN = [
+    b'{"adapter":"acme","text":"hi"}',
+    b'{"type":"example","adapter":"acme","subject":["ann","bo"],"prompt":"Q","completion":"A","id":"1","time":"now"}',
+    b'{"adapter":"acme","messages":[{"role":"user","content":"Q"},{"role":"assistant","content":"A"}]}',
+    b'{"type":"interaction","adapter":"acme","response":"r","digest":"d","prompt":"Q","completion":"A"}',
+    b'{"type":"feedback","adapter":"acme","response":"r","rating":1}',
+    b'{"type":"feedback","adapter":"acme","response":"r","correction":"B"}',
+    b'{"specversion":"1.0","id":"1","source":"s","type":"riverdelta.example.v1","data":{"adapter":"acme","text":"a"}}',
+]
+
+
+@pytest.mark.parametrize("value", GOLDEN)
+def test_events_of_the_first_version_stay_readable_and_newer_fields_do_not_matter(value: bytes) -> None:
+    newer = msgspec.json.encode({**msgspec.json.decode(value), "since_v9": {"a": [1]}})
+    assert decode(newer) == decode(value)
+    assert _fits(value)
+    assert _fits(newer)
+    assert b"since_v9" not in content_of(decode(newer).record)
+
+
+_SCHEMAS = asyncapi.document()["components"]["schemas"]
+PAGE = {
+    name: jsonschema_rs.validator_for({"$ref": f"#/components/schemas/{name}", "components": {"schemas": _SCHEMAS}})
+    for name in ("Example", "Interaction", "Feedback", "CloudEvent")
+}
+
+
+def _fits(value: bytes) -> bool:
+    said = msgspec.json.decode(value)
+    if not isinstance(said, dict):
+        return False
+    name = "CloudEvent" if "specversion" in said else str(said.get("type", "example")).capitalize()
+    return name in PAGE and bool(PAGE[name].is_valid(said))
+
+
+@settings(deadline=None)
+@given(st.one_of(st.sampled_from(GOLDEN), loose.map(msgspec.json.encode)))
+def test_whatever_is_read_fits_the_page(value: bytes) -> None:
+    try:
+        decode(value)
+    except ContractError:
+        return
+    assert _fits(value)
 
 
 def test_the_page_is_what_the_types_say() -> None:
