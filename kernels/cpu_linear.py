@@ -15,6 +15,7 @@ half-precision weights and fp32 activations. torch: `torch.nn.functional.linear`
 
 _MEASURED_ROWS = 8192
 """A vocabulary's worth of rows takes seconds to pack: time so many of them, which no cache holds, and scale."""
+_LEAST_RUNS, _SHAPE_SECONDS = 6, 0.2
 
 
 class PackedLinear(nn.Module):
@@ -77,8 +78,11 @@ def _measure(modes: list[Mode], out: int, into: int, rows: int) -> dict[Mode, fl
     weight, x = torch.randn(1, into).expand(out, into).contiguous(), torch.randn(rows, into)
     layers = {mode: (layer := PackedLinear(weight, None, mode), x.to(layer.dtype)) for mode in modes}
     best = dict.fromkeys(modes, float("inf"))
+    started, runs = time.perf_counter(), 0
     with torch.inference_mode():
-        for _ in range(6):
+        # Other work on the machine can hold up every one of a few runs: small products get many.
+        while runs < _LEAST_RUNS or time.perf_counter() - started < _SHAPE_SECONDS:
+            runs += 1
             for mode, (layer, given) in layers.items():
                 begin = time.perf_counter()
                 layer(given)

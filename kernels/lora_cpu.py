@@ -8,10 +8,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from riverdelta.kernels import native
 from riverdelta.kernels.pool import LoraPool, SlotLayout
-from riverdelta.kernels.segments import Segments
+from riverdelta.kernels.segments import TILE_ROWS, Segments
 
-_LONG = 16
+_LONG = TILE_ROWS
 """Runs of more rows are products of their own."""
 _EXACT_ROWS = 4
 """A BLAS sums in another order at other heights: where bits matter, every product is this high."""
@@ -35,7 +36,12 @@ class _Product:
 
 def delta(x: Tensor, pool: LoraPool, segments: Segments, out: Tensor) -> None:
     """See `lora.lora_delta`. Cheapest when sequences with equally many rows lie side by side, in the order of slots."""
-    for product in _products(segments.runs, pool.layouts(segments.runs), segments.exact):
+    runs = segments.runs
+    if x.dtype == torch.bfloat16 and not segments.exact and native.available():
+        if len(segments.short):
+            native.lora(x, pool, segments.short, out)
+        runs = segments.long
+    for product in _products(runs, pool.layouts(runs), segments.exact):
         _apply(product, x, pool, out)
 
 

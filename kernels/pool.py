@@ -54,6 +54,7 @@ class LoraPool:
         self.max_rank, self.parts, self.dtype = max_rank, widths, dtype
         self.device = torch.device(device)
         self.columns = tuple(sum(widths[:i]) for i in range(len(widths) + 1))
+        self.host_columns = torch.tensor(self.columns)
         self.a = torch.zeros(slots, len(widths) * max_rank, in_features, dtype=dtype, device=device)
         self.b = torch.zeros(slots, max_rank * out_features, dtype=dtype, device=device)
         self.offsets = torch.zeros(slots, len(widths) + 1, dtype=torch.int32, device=device)

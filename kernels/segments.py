@@ -25,6 +25,10 @@ class Segments:
         self.rows = 0
         self.empty = True
         """Whether no row has an adapter."""
+        self.short = torch.zeros(0, 3, dtype=torch.int32)
+        """On the host, int32 [n, 3]: slot, first row, number of rows, for each run that fits one tile."""
+        self.long: tuple[tuple[int, int], ...] = ()
+        """The runs, those that `short` names without their slot."""
         self.tiles = torch.zeros(capacity, 3, dtype=torch.int32, device=device)
         """int32 [capacity, 3]: slot, first row, number of rows; unused entries have no rows."""
 
@@ -50,16 +54,21 @@ class Segments:
     def update(self, runs: Sequence[tuple[int, int]]) -> None:
         """Replace the runs in place, device table included."""
         tiles: list[tuple[int, int, int]] = []
+        short: list[tuple[int, int, int]] = []
         row = 0
         for slot, rows in runs:
             if slot < -1 or rows < 0:
                 raise ValueError(f"run (slot {slot}, {rows} rows): slots are >= -1 and row counts >= 0")
+            if slot >= 0 and 0 < rows <= TILE_ROWS:
+                short.append((slot, row, rows))
             if slot >= 0:
                 tiles += [(slot, row + i, min(TILE_ROWS, rows - i)) for i in range(0, rows, TILE_ROWS)]
             row += rows
         if len(tiles) > self.capacity:
             raise ValueError(f"{len(tiles)} row tiles do not fit a capacity of {self.capacity}; build larger Segments")
         self.runs, self.rows, self.empty = tuple(runs), row, not tiles
+        self.long = tuple((slot if rows > TILE_ROWS else -1, rows) for slot, rows in runs)
+        self.short = torch.tensor(short, dtype=torch.int32).view(-1, 3)
         if self.capacity:
             tiles += [(0, 0, 0)] * (self.capacity - len(tiles))
             host = torch.tensor(tiles, dtype=torch.int32, pin_memory=self.device.type == "cuda")

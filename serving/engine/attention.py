@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from riverdelta.core.errors import Unsupported
-from riverdelta.kernels import paged_attention_decode, use_triton
+from riverdelta.kernels import native, paged_attention_decode, use_triton
 
 NAME = "riverdelta_paged"
 
@@ -180,6 +180,36 @@ def paged_attention(
         parts.append(_chunk(query, k_flat, v_flat, chunk, scale, sliding_window))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out[None].to(value.dtype), None
+
+
+def rotate_and_attend(
+    module: torch.nn.Module,
+    qkv: Tensor,
+    norm: tuple[Tensor | None, float],
+    position_embeddings: tuple[Tensor, Tensor],
+    heads: int,
+    options: AttentionOptions,
+    paged: StepContext,
+) -> Tensor:
+    """What a rotary attention module does between its products, by compiled operators: `qkv` bf16 [rows, heads + 2
+    kv_heads, dim] -> bf16 [rows, heads, dim]. `norm`: of queries and keys, its weight and eps."""
+    index, dim = int(module.layer_idx), qkv.shape[-1]  # type: ignore[arg-type]
+    scale = dim**-0.5 if options.scaling is None else options.scaling
+    kv_heads = (qkv.shape[1] - heads) // 2
+    like = qkv[:, :kv_heads].transpose(0, 1)[None]
+    k_cache, v_cache = paged.cache.layer(index, like, like)
+    q = native.rotate(qkv, *norm, *position_embeddings, paged.positions, k_cache, v_cache, heads)
+    out = torch.empty_like(q)
+    if paged.lengths.shape[0]:
+        decodes = q[: paged.lengths.shape[0]]
+        window = options.sliding_window or 0
+        native.attend(decodes, k_cache, v_cache, paged.tables, paged.lengths, out, scale, window)
+    query = q.transpose(0, 1)[None]
+    for chunk in paged.chunks:
+        k_flat, v_flat = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+        got = _chunk(query, k_flat, v_flat, chunk, scale, options.sliding_window)
+        out[chunk.first : chunk.first + chunk.count] = got
+    return out
 
 
 def _decode(

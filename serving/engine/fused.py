@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from .attention import AttentionOptions, StepContext, paged_attention
-from .linears import MergedPart
+from riverdelta.kernels import native
+
+from .attention import AttentionOptions, StepContext, paged_attention, rotate_and_attend
+from .linears import LoraSite, MergedPart
 
 logger = logging.getLogger(__name__)
 
@@ -21,22 +23,25 @@ logger = logging.getLogger(__name__)
 class FusedNorm(nn.Module):
     """RMS normalisation over the last dimension in one operator (Zhang & Sennrich 2019)."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float, compiled: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.eps = eps
+        self.eps, self.compiled = eps, compiled
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., dim]."""
+        """[..., dim] -> [..., dim]; fp32 whatever `x` is, where compiled."""
+        if self.compiled and x.is_contiguous():
+            return native.rms_norm(x, self.weight, self.eps)
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class FusedAttention(nn.Module):
     """Attention with rotary positions (Su et al. 2021): queries and keys are normalised and rotated together."""
 
-    def __init__(self, inner: Any, options: AttentionOptions) -> None:
+    def __init__(self, inner: Any, options: AttentionOptions, compiled: bool = False) -> None:
         """`inner`: the module replaced; `options`: what it passes to attention."""
         super().__init__()
+        self.compiled = compiled
         self.inner, self.site, self.options, self.head_dim = inner, inner.q_proj.site, options, int(inner.head_dim)
         self.heads = inner.q_proj.columns.stop // self.head_dim
         self.kv_heads = inner.k_proj.columns.stop // self.head_dim - self.heads
@@ -58,6 +63,12 @@ class FusedAttention(nn.Module):
         **_: Any,
     ) -> tuple[Tensor, None]:
         """transformers' attention module: `hidden_states` [1, rows, hidden] -> ([1, rows, hidden], None)."""
+        if self.compiled:
+            qkv = self.site.packed(hidden_states[0]).unflatten(-1, (-1, self.head_dim))
+            cosine, sine = (x[0].float().contiguous() for x in position_embeddings)
+            norm = (self.norm, self.eps)
+            got = rotate_and_attend(self.inner, qkv, norm, (cosine, sine), self.heads, self.options, paged)
+            return self.inner.o_proj(got[None].flatten(2)), None
         rotated = self.heads + self.kv_heads
         qkv = self.site(hidden_states)[0].unflatten(-1, (-1, self.head_dim))
         qk = qkv[:, :rotated]
@@ -85,18 +96,18 @@ def _signed(sin: Tensor) -> Tensor:
     return torch.cat((-first, second), -1)
 
 
-def fuse_norms(model: nn.Module) -> int:
+def fuse_norms(model: nn.Module, compiled: bool = False) -> int:
     """Replace every RMS normalisation of one weight vector; returns how many."""
     count = 0
     for parent in list(model.modules()):
         for name, module in parent.named_children():
-            if (fused := _fused_norm(module)) is not None:
+            if (fused := _fused_norm(module, compiled)) is not None:
                 setattr(parent, name, fused)
                 count += 1
     return count
 
 
-def _fused_norm(module: nn.Module) -> FusedNorm | None:
+def _fused_norm(module: nn.Module, compiled: bool) -> FusedNorm | None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
     if "RMSNorm" not in type(module).__name__ or not isinstance(weight, Tensor) or weight.ndim != 1 or eps is None:
@@ -104,13 +115,15 @@ def _fused_norm(module: nn.Module) -> FusedNorm | None:
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight) * 3
     wanted = module(x)
     for candidate in (weight.detach(), 1.0 + weight.detach().float()):
-        fused = FusedNorm(candidate.to(weight.dtype), float(eps))
+        fused = FusedNorm(candidate.to(weight.dtype), float(eps), compiled)
         if _equal(fused(x), wanted, weight.dtype):
             return fused
     return None
 
 
-def fuse_attention(model: nn.Module, run: Callable[[], object], cache_dtype: torch.dtype) -> int:
+def fuse_attention(
+    model: nn.Module, run: Callable[[], object], cache_dtype: torch.dtype, compiled: bool = False
+) -> int:
     """Replace attention modules that `run`, a step of this model, shows to be rotary self-attention."""
     seen: dict[nn.Module, tuple[dict[str, Any], Tensor]] = {}
 
@@ -130,6 +143,7 @@ def fuse_attention(model: nn.Module, run: Callable[[], object], cache_dtype: tor
         context: StepContext = kwargs["paged"]
         try:
             fused = FusedAttention(module, context.options[module.layer_idx])  # type: ignore[index]
+            fused.compiled = compiled and native.fits_rotate(fused.heads, fused.kv_heads, fused.head_dim)
             got, _ = fused(**kwargs)
         except (TypeError, ValueError, RuntimeError) as error:  # not the module it looked like
             logger.debug("Keeping %s: %s", type(module).__name__, error)
@@ -137,6 +151,42 @@ def fuse_attention(model: nn.Module, run: Callable[[], object], cache_dtype: tor
         if _equal(got, wanted, cache_dtype):
             setattr(parent, name, fused)
             count += 1
+    return count
+
+
+class FusedMlp(nn.Module):
+    """A gated MLP whose activation and product are one operator."""
+
+    def __init__(self, inner: Any, activation: str) -> None:
+        super().__init__()
+        self.inner, self.activation = inner, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, rows, hidden] -> [1, rows, hidden]."""
+        both = self.inner.gate_proj.site.packed(x[0])
+        return torch.as_tensor(self.inner.down_proj(native.gated(both, self.activation)[None]))
+
+
+def fuse_mlps(model: nn.Module) -> int:
+    """Replace every gated MLP that one of the compiled activations equals; returns how many."""
+    count = 0
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            gate, up, down = (getattr(module, f"{n}_proj", None) for n in ("gate", "up", "down"))
+            if not (isinstance(gate, MergedPart) and isinstance(up, MergedPart) and isinstance(down, LoraSite)):
+                continue
+            if gate.site is not up.site or gate.columns.start or gate.columns.stop % native.LANES:
+                continue
+            width = gate.site.pool.in_features
+            x = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
+            wanted = module(x)
+            for activation in native.ACTIVATIONS:
+                fused = FusedMlp(module, activation)
+                if _equal(fused(x), wanted, torch.bfloat16):
+                    setattr(parent, name, fused)
+                    count += 1
+                    break
+            gate._shared.clear()
     return count
 
 

@@ -65,9 +65,14 @@ class LoraSite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, rows, in] -> [1, rows, out]."""
-        out = self.linear(x[0]).to(x.dtype)
-        lora_delta(x[0], self.pool, self.runtime.segments, out)
-        return torch.as_tensor(out)[None]
+        return self.packed(x[0]).to(x.dtype)[None]
+
+    def packed(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out], in the dtype that the product is computed in."""
+        x = x.to(self.linear.dtype)
+        out = self.linear(x)
+        lora_delta(x, self.pool, self.runtime.segments, out)
+        return torch.as_tensor(out)
 
 
 class MergedPart(nn.Module):

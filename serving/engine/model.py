@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from riverdelta.core.errors import Unsupported
-from riverdelta.kernels import LoraPool, Segments, choose_backend
+from riverdelta.kernels import LoraPool, Segments, choose_backend, native
 
 from . import attention
 from .attention import Chunk, KVCache, StepContext
 from .config import EngineConfig
-from .fused import fuse_attention, fuse_norms
+from .fused import fuse_attention, fuse_mlps, fuse_norms
 from .head import FullScores, Scores, ScreenedHead, ScreenedScores, screened_head
 from .linears import Frozen, Runtime, linear_groups, wrap
 
@@ -48,15 +48,21 @@ class PagedModel:
         self.cache = KVCache(config.blocks, config.block_size, cache_dtype, self.device)
         self.screen: ScreenedHead | None = None
         with torch.inference_mode():
-            norms = fuse_norms(self.hf)
-            layers = fuse_attention(self.hf, lambda: self._probe(0, len(self._probe_tokens)), self.cache.dtype)
+            compiled = self.mode == "bf16" and not config.batch_invariant and native.available()
+            norms = fuse_norms(self.hf, compiled)
+            layers = fuse_attention(
+                self.hf, lambda: self._probe(0, len(self._probe_tokens)), self.cache.dtype, compiled
+            )
+            mlps = fuse_mlps(self.hf) if compiled else 0
             if hidden is not None and not config.batch_invariant and self.mode != "fp32":
                 self.screen = screened_head(self.head_weight, hidden, self.head, config.max_batch)
             self._check(wanted)
         logger.info(
-            "Fused %d norms and %d attention modules; greedy tokens %s",
+            "Fused %d norms, %d attention modules and %d MLPs%s; greedy tokens %s",
             norms,
             layers,
+            mlps,
+            " by compiled operators" if compiled else "",
             "screened in int8" if self.screen else "from all scores",
         )
 
@@ -120,7 +126,7 @@ class PagedModel:
                 members[0].in_features,
                 sum(widths),
                 config.max_rank,
-                self.dtype,
+                torch.bfloat16 if mode == "bf16" else self.dtype,
                 self.device,
                 parts=widths,
             )
