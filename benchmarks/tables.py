@@ -75,10 +75,30 @@ def freshness() -> str:
     return f"{where}; {report['probes']} probes. `{report['command']}`\n\n" + _table(heads, rows)
 
 
+def fence() -> str:
+    """The warm fence, and the command."""
+    report = _load("fence")
+    rows = [
+        [
+            n,
+            f"**{cell['p50_ms']:.0f}**",
+            f"**{cell['p99_ms']:.0f}**",
+            f"{cell['command_p50_ms'] / 1000:.1f}",
+            *(cell[name] for name in ("forgets", "tokens_stamped", "tokens_after_ack")),
+        ]
+        for n, cell in report["servers"].items()
+    ]
+    heads = ["servers", "p50 ms", "p99 ms", "command p50 s", "forgets", "messages stamped", "after the fence"]
+    machine = report["machine"]
+    where = f"{machine['cores']} CPU cores with clients and broker, torch {machine['torch']}, {report['date']}"
+    return f"{where}. `{report['command']}`\n\n" + _table(heads, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "lora_kernels": lora_kernels,
     "decode_step": decode_step,
     "freshness": freshness,
+    "fence": fence,
 }
 
 

@@ -418,6 +418,28 @@ def export(
 
 
 @app.command()
+def diff(
+    first: Versioned,
+    second: Versioned,
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
+    """What sets two versions apart: segments, recipe, metrics, and the distance of their weights (@0 is the base)."""
+    from riverdelta.core.store import ObjectStore
+
+    from .diff import difference
+    from .report import print_difference
+
+    (name, one), (other, two) = _version(first), _version(second)
+    if name != other:
+        raise BadInput(f"{first} and {second} are of two adapters.", "Compare two versions of one.")
+    with _ledger(config, data) as (settings, ledger):
+        one, two = (ledger.adapter(name).release if number is None else number for number in (one, two))
+        print_difference(difference(ledger, ObjectStore(settings.store_url), name, one, two), as_json)
+
+
+@app.command()
 def repair(config: Config = None, data: Data = None) -> None:
     """Make MLflow show what the ledger says: models, versions, alias `live`, tags, metrics, artifacts."""
     from . import operations

@@ -124,7 +124,7 @@ class Projection:
             experiment = self._mlflow.ensure_experiment(adapter)
             runs = self._mlflow.runs(experiment, _VERSION)
             if versions:
-                self._erase_gate(adapter, experiment)
+                left += self._erase_gate(adapter, experiment)
             for held in self._mlflow.model_versions(adapter) if adapter in self._mlflow.aliases(LIVE) else ():
                 if held.tags.get(_VERSION) in map(str, versions):
                     self._mlflow.delete_model_version(adapter, held.version, held.tags)
@@ -185,19 +185,23 @@ class Projection:
         if not shown or marks[: len(shown)] != shown:
             self._erase_gate(adapter, experiment)
             shown = []
-        run = self._mlflow.runs(experiment, _GATE).get(adapter)
+        # A server keeps erased runs until its own `mlflow gc`: they are not to come back.
+        live = [run for run in self._mlflow.tagged(experiment, _GATE) if run.info.lifecycle_stage != "deleted"]
+        run = live[0] if live else None
         if run is None:
             run = self._mlflow.create_run(experiment, f"{adapter} gate", _milliseconds(now()), {_GATE: adapter})
             shown = []
         self._mlflow.log_points(run, points[len(shown) :], _milliseconds(now()))
         return marks
 
-    def _erase_gate(self, adapter: str, experiment: str) -> None:
-        run = self._mlflow.runs(experiment, _GATE).get(adapter)
-        if run is not None:
-            self._mlflow.erase_run(run)
+    def _erase_gate(self, adapter: str, experiment: str) -> list[str]:
+        """The ids of those runs that only the server's own `mlflow gc` can remove."""
+        runs = self._mlflow.tagged(experiment, _GATE)
+        left = [run.info.run_id for run in runs if not self._mlflow.erase_run(run)]
+        if runs:
             seq, notes = self._ledger.projected(adapter)
             self._ledger.mark_projected(adapter, seq, {**notes, "gate": []})
+        return left
 
 
 def ask_for_repair(ledger: Ledger) -> None:

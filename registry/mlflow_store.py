@@ -117,21 +117,23 @@ class MlflowStore:
 
     def runs(self, experiment: str, tag: str) -> dict[str, Any]:
         """An experiment's runs that bear a tag, by the tag's value: deleted ones too, the oldest of equals."""
+        return {run.data.tags[tag]: run for run in reversed(self.tagged(experiment, tag))}
+
+    def tagged(self, experiment: str, tag: str) -> list[Any]:
+        """Every run of an experiment that bears a tag, deleted ones too, oldest first."""
         from mlflow.entities import ViewType
 
         with self._told():
-            found: dict[str, Any] = {}
+            found: list[Any] = []
             token = None
             while True:
                 page = self._client.search_runs(
                     [experiment], run_view_type=ViewType.ALL, max_results=1000, page_token=token
                 )
-                for run in sorted(page, key=lambda run: run.info.start_time):
-                    if tag in run.data.tags:
-                        found.setdefault(run.data.tags[tag], run)
+                found += [run for run in page if tag in run.data.tags]
                 token = page.token
                 if not token:
-                    return found
+                    return sorted(found, key=lambda run: run.info.start_time)
 
     def create_run(self, experiment: str, name: str, start: int, tags: Mapping[str, str]) -> Any:
         """A run that began at `start` (milliseconds since 1970)."""

@@ -13,6 +13,7 @@ from rich.table import Table
 from riverdelta.core.recipe import Recipe
 
 from .certificate import Checked
+from .diff import Difference
 from .ledger import AdapterRecord, Fact, Forget, Hand, Ledger, Outcome, SegmentRecord, Stage, VersionRecord
 from .operations import ForgetReport, Progress
 from .verify import Verified
@@ -157,6 +158,27 @@ def print_forget(forget: Forget, report: ForgetReport, as_json: bool) -> None:
         _out.print(f"Rebuilt and purged; certified by {forget.body['certificate']} in the object store.")
     else:
         _out.print(f"Rebuild and purge follow by themselves; `riverdelta registry list` shows request {forget.id}.")
+
+
+def print_difference(found: Difference, as_json: bool) -> None:
+    """What sets two versions apart."""
+    if as_json:
+        print_json(asdict(found))
+        return
+    one, two = (f"{found.adapter}@{number}" if number else "base" for number in found.versions)
+    same = "one recipe" if found.recipes[0] == found.recipes[1] else "different recipes"
+    _out.print(f"{one} and {two}: {len(found.common)} segments in common, {same}.")
+    for name, numbers in zip((one, two), found.learned, strict=True):
+        _out.print(f"Only {name} learned: {_numbers(numbers)}.")
+    sizes = " and ".join(f"{size:.4g}" for size in found.sizes)
+    _out.print(f"Weights are {found.distance:.4g} apart, at sizes of {sizes}; furthest in:")
+    for module, distance in found.furthest.items():
+        _out.print(f"  {module}  {distance:.4g}")
+    table = _table("metric", one, two)
+    for name, pair in found.metrics.items():
+        table.add_row(name, *(_figure(value) for value in pair))
+    if found.metrics:
+        _out.print(table)
 
 
 def print_verified(found: Sequence[Verified], as_json: bool) -> int:

@@ -166,6 +166,30 @@ def test_forget_reports_what_it_revoked(data: Path) -> None:
     assert run(data, "allow", "--subject", "nobody", "--adapter", "acme").returncode == 3
 
 
+def test_diff(data: Path) -> None:
+    """The second version's A is twice the first's: B·A of ones and twos, scaled by alpha over rank."""
+    found = as_json(data, "diff", "acme@1", "acme@2")
+    assert (found["common"], found["learned"]) == ([1], [[], [2]])
+    assert found["sizes"] == pytest.approx([32.0, 64.0])
+    assert found["distance"] == pytest.approx(32.0)
+    assert found["recipes"][0] == found["recipes"][1]
+    assert found["metrics"]["last loss"] == [1.0, 1.0]
+    assert as_json(data, "diff", "acme@2", "acme@2")["distance"] == 0
+    assert "Only acme@2 learned: 2." in run(data, "diff", "acme@1", "acme@2").stdout
+    assert run(data, "diff", "acme@1", "other@1").returncode == 2
+    as_json(data, "forget", "--subject", "ann", "--adapter", "acme")
+    assert "is revoked" in run(data, "diff", "acme@1", "acme@2").stderr
+
+
+def test_a_branch_that_a_rollback_left_loses_nothing(data: Path) -> None:
+    assert run(data, "rollback", "acme@1").returncode == 0
+    assert run(data, "resume", "acme").returncode == 0
+    assert as_json(data, "gc", "--grace", "0")["deleted"] == []
+    assert as_json(data, "diff", "acme@1", "acme@2")["learned"] == [[], [2]]
+    assert run(data, "release", "acme@2").returncode == 0
+    assert as_json(data, "show", "acme")["release"] == 2
+
+
 def test_a_forget_that_serves_until_rebuilt_says_so(data: Path) -> None:
     asked = ("forget", "--subject", "ann", "--adapter", "acme", "--request", "r1", "--serve-until-rebuilt", "600")
     assert "Servers go on with acme@2" in run(data, *asked).stdout

@@ -56,6 +56,6 @@ def test_a_server_shows_the_ledger_and_is_purged(tmp_path: Path, server: str) ->
     assert not kept.exists()
     assert mlflow.get_run(held.run_id).info.lifecycle_stage == "deleted"
     manifest = json.loads(stack.store.get(f"forgets/{request}.json"))
-    assert manifest["mlflow_gc_needed"] == {"acme": [held.run_id]}
+    assert held.run_id in manifest["mlflow_gc_needed"]["acme"]
     shown = {version.tags.get("riverdelta.version") for version in mlflow.search_model_versions("name='acme'")}
     assert shown == {"1", "3"}
