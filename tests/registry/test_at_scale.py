@@ -15,8 +15,8 @@ import pytest
 
 from riverdelta.core.settings import Kafka, Registry, Settings
 from riverdelta.registry import operations
-from riverdelta.registry.gc import collect
 from riverdelta.registry.keeper import Keeper
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.verify import verify
 from tests.brokers import free_port, wait_for_port
 from tests.registry.stack import two_versions, wait
@@ -94,8 +94,8 @@ def test_learned_shown_forgotten_and_purged(scaled: Settings) -> None:
     left = json.loads(stack.store.get(f"forgets/{request}.json"))["mlflow_gc_needed"]["acme"]
     assert held.run_id in left
     assert all(mlflow.get_run(run).info.lifecycle_stage == "deleted" for run in left)
-    assert collect(stack.ledger, stack.store, 0.0).deleted == []
-    assert verify(stack.ledger, stack.store, "acme").problems == ()
+    assert not stack.store.exists("weights/left-by-a-crash.safetensors")
+    assert verify(stack.ledger, stack.store, KeyStore.open(scaled), "acme").problems == ()
     stack.ledger.close()
 
 
@@ -127,5 +127,5 @@ def test_keepers_killed_anywhere(scaled: Settings) -> None:
     assert mlflow.get_model_version_by_alias("acme", "live").tags["riverdelta.version"] == "3"
     shown = sorted(v.tags["riverdelta.version"] for v in mlflow.search_model_versions("name='acme'"))
     assert shown == ["1", "3"]
-    assert verify(stack.ledger, stack.store, "acme").problems == ()
+    assert verify(stack.ledger, stack.store, KeyStore.open(scaled), "acme").problems == ()
     stack.ledger.close()
