@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -296,7 +297,7 @@ def main() -> None:
     }
     name = "learning_quick" if given.quick else "learning"
     plot(figures, RESULTS / f"{name}.png")
-    write_result(name, "python -m benchmarks.learning" + (" --quick" if given.quick else ""), figures)
+    write_result(name, " ".join(["python -m benchmarks.learning", *sys.argv[1:]]), figures)
     print(f"{'':12s}{'loss':>8s}{'right':>8s}{'preq.':>8s}{'compute':>10s}")
     for rival in RIVALS:
         held = figures["rivals"][rival]  # type: ignore[index]

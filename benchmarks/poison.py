@@ -25,7 +25,7 @@ from benchmarks.tenants import Asked, Tenant, flipped, repeated, shuffled
 
 POISON = ("shuffled", "repeated", "flipped")
 RECIPE = {
-    "training": {"max_length": 96, "passes": 6},
+    "training": {"max_length": 96, "passes": 2, "micro_batch": 12, "rehearse": 12},
     "optimiser": {"learning_rate": 0.01},
 }
 TOLERANCES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
@@ -112,6 +112,36 @@ def counted(told: Iterable[dict[str, Any]], tolerance: float | None = None) -> d
     return {key: share(rejected[key], all_[key]) for key in sorted(all_)}
 
 
+def tell(each: dict[str, Any]) -> None:
+    """One segment on a line."""
+    bound, worse = each.get("surprise_bound", float("nan")), each.get("earlier_worse", 0.0)
+    wrong = bool(each["why"]) is not (each["kind"] in POISON)
+    print(
+        f"{each['tenant']:3d} {each['segment']:3d} {each['kind']:9s} surprise {each['surprise']:6.3f} "
+        f"(bound {bound:6.3f}) new {each['prequential']:.2f} to {each['learned']:.2f} earlier worse {worse:.2f}"
+        f"{' WRONG' if wrong else ''} {each['why']}",
+        flush=True,
+    )
+
+
+def summary(told: list[dict[str, Any]], tenants: int) -> dict[str, Any]:
+    """The figures of so many tenants."""
+    kinds = counted(told)
+    return {
+        "base": "Llama of 2 million weights that has read other tenants' text",
+        "recipe": RECIPE,
+        "tenants": tenants,
+        "blocked": kinds.pop("poison"),
+        "wrongly_blocked": kinds.pop("all good"),
+        "kinds": kinds,
+        "curve": [
+            {"tolerance": t, "blocked": c["poison"]["share"], "wrongly_blocked": c["all good"]["share"]}
+            for t in TOLERANCES
+            for c in [counted(told, t)]
+        ],
+    }
+
+
 def main() -> None:
     """Run it and print the figures, JSON last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
@@ -124,34 +154,15 @@ def main() -> None:
     small_base()
     began = time.monotonic()
     told: list[dict[str, Any]] = []
+    report: dict[str, Any] = {}
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
         lives = [(seed, given.good, given.poison, given.size) for seed in range(given.tenants)]
-        for life in pool.imap(live, lives):
+        for done, life in enumerate(pool.imap_unordered(live, lives), start=1):
             told += life
             for each in life:
-                wrong = bool(each["why"]) is not (each["kind"] in POISON)
-                print(
-                    f"{each['tenant']:3d} {each['segment']:3d} {each['kind']:9s} surprise {each['surprise']:6.3f} "
-                    f"(bound {each.get('surprise_bound', float('nan')):6.3f}) new {each['prequential']:.2f} to "
-                    f"{each['learned']:.2f} earlier worse {each.get('earlier_worse', 0.0):.2f} "
-                    f"{each['why']}{' WRONG' if wrong else ''}",
-                    flush=True,
-                )
-    kinds = counted(told)
-    report = {
-        "base": "Llama of 2 million weights that has read other tenants' text",
-        "recipe": RECIPE,
-        "blocked": kinds.pop("poison"),
-        "wrongly_blocked": kinds.pop("all good"),
-        "kinds": kinds,
-        "curve": [
-            {"tolerance": t, "blocked": c["poison"]["share"], "wrongly_blocked": c["all good"]["share"]}
-            for t in TOLERANCES
-            for c in [counted(told, t)]
-        ],
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    write_result("poison", "python -m benchmarks.poison", report)
+                tell(each)
+            report = summary(told, done) | {"seconds": round(time.monotonic() - began, 1)}
+            write_result("poison", "python -m benchmarks.poison", report)  # what is done stays, if the rest is not
     for line in report["curve"]:
         blocked, wrongly = line["blocked"], line["wrongly_blocked"]
         print(f"tolerance {line['tolerance']:.1f}: blocked {blocked:.1%}, wrongly {wrongly:.1%}")

@@ -13,7 +13,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parent.parent
-DOCUMENTS = (_ROOT / "docs" / "kernels.md", _ROOT / "README.md")
+DOCUMENTS = (_ROOT / "docs" / "kernels.md", _ROOT / "docs" / "training.md", _ROOT / "README.md")
 
 
 def lora_kernels() -> str:
@@ -94,11 +94,56 @@ def fence() -> str:
     return f"{where}. `{report['command']}`\n\n" + _table(heads, rows)
 
 
+def poison() -> str:
+    """What the gate kept out, by kind."""
+    report = _load("poison")
+    sides = [("**all poison**", report["blocked"]), ("**all good segments**", report["wrongly_blocked"])]
+    rows = [
+        [name, held["of"], held["count"], f"{held['share']:.1%}", f"{held['low']:.1%} to {held['high']:.1%}"]
+        for name, held in [*sides, *report["kinds"].items()]
+    ]
+    curve = "; ".join(
+        f"{line['tolerance']:g}: {line['blocked']:.0%} / {line['wrongly_blocked']:.1%}" for line in report["curve"]
+    )
+    return (
+        f"{report['base']}, {report['tenants']} tenants; {_measured(report)}\n\n"
+        + _table(["segments", "of", "set aside", "share", "95 % interval"], rows)
+        + f"\n\nBlocked and wrongly blocked at other values of `gate.tolerance`, on the same evidence: {curve}."
+    )
+
+
+def learning_quick() -> str:
+    """Every rival at the last checkpoint."""
+    report = _load("learning_quick")
+    spent = report["rivals"]["retrain"]["compute"]
+    rows = [
+        [
+            rival,
+            f"{sum(held['loss']) / len(held['loss']):.3f}",
+            f"{held['right'][-1]:.0%}",
+            f"{sum(held['prequential']) / len(held['prequential']):.3f}",
+            f"{held['compute'] / spent:.2f}",
+        ]
+        for rival, held in report["rivals"].items()
+    ]
+    heads = ["", "loss, mean of 5 checkpoints", "right answers at the last", "prequential loss", "compute"]
+    return (
+        f"{report['base']}, {report['segments']} segments of {report['entries']}; {_measured(report)}\n\n"
+        + _table(heads, rows)
+        + f"\n\nOurs against retraining: loss {report['loss_vs_retrain_pct']:+.1f} %, compute "
+        f"{report['compute_vs_retrain_pct']:.0f} % of five retrainings and "
+        f"{report['compute_vs_retrain_every_segment_pct']:.0f} % of one at every segment; backward transfer "
+        f"{report['backward_transfer']} points."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "lora_kernels": lora_kernels,
     "decode_step": decode_step,
     "freshness": freshness,
     "fence": fence,
+    "poison": poison,
+    "learning_quick": learning_quick,
 }
 
 
@@ -118,6 +163,11 @@ def _load(name: str) -> dict[str, Any]:
 def _where(report: dict[str, Any]) -> str:
     machine = report["machine"]
     return f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, {report['date']}"
+
+
+def _measured(report: dict[str, Any]) -> str:
+    device, version = report["machine"]["device"], report["versions"]["torch"]
+    return f"{device}, torch {version}, {report['date']}. `{report['command']}`"
 
 
 def _table(heads: list[str], rows: Iterable[list[Any]]) -> str:
