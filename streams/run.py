@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -46,6 +47,8 @@ def run(settings: Settings) -> None:
 
 def run_process(settings: Settings, addresses: list[str], index: int) -> None:
     """Run one process of the dataflow: alone, or as number `index` of those that listen on `addresses`."""
+    began = time.monotonic()
+    log.info("starting", extra={"worker": index})
     ending = Ending()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -70,7 +73,7 @@ def run_process(settings: Settings, addresses: list[str], index: int) -> None:
             lambda adapter: wakeups.send(settings.topics.jobs, adapter),
             ThreadPoolExecutor(1, "seal"),
         )
-        stage = Stage(worker, ending)
+        stage = Stage(worker, ending, began)
         intake = Intake(SubjectKey.open(settings.keys_dir), buckets)
         floors = partial(_floors, ledger, patience, buckets)
         source = Source(lambda number, count: Reader(settings, number, count, floors, ending, metrics))

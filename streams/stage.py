@@ -1,5 +1,7 @@
 """The stage on which Bytewax calls the worker: operators that end the dataflow, not the process, on an error."""
 
+import logging
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -10,6 +12,7 @@ from .items import Parcel
 from .patience import Ending, Stopped
 from .worker import Worker
 
+log = logging.getLogger(__name__)
 X = TypeVar("X")
 Y = TypeVar("Y")
 
@@ -18,9 +21,11 @@ class Stage(DynamicSink[Any]):  # type: ignore[misc]
     """The sink, and the guard of every step: after the first error no step does anything, so nothing is recorded of
     what was decided by halves."""
 
-    def __init__(self, worker: Worker, ending: Ending) -> None:
+    def __init__(self, worker: Worker, ending: Ending, began: float) -> None:
+        """`began`: when the dataflow did, on the monotonic clock."""
         self.worker = worker
         self._ending = ending
+        self._began: float | None = began
         self._broken = False
 
     def guarded(self, step: Callable[[list[X]], Iterable[Y]]) -> Callable[[list[X]], Iterable[Y]]:
@@ -46,6 +51,9 @@ class Stage(DynamicSink[Any]):  # type: ignore[misc]
         """Decide."""
         for parcel in parcels:
             self.worker.take(parcel)
+        if self._began is not None and any(parcel.items for parcel in parcels):
+            log.info("first events decided", extra={"seconds": round(time.monotonic() - self._began, 3)})
+            self._began = None
         return (1,)
 
     def commit(self, _decided: list[Any]) -> tuple[()]:
