@@ -67,7 +67,8 @@ def _lowest(places: Iterable[tuple[Where, int]], known: Mapping[Where, int]) -> 
 def _precede(following: dict[Where, int], entry: OpenEntry) -> None:
     """Without this entry, what is decided of each partition ends before its places."""
     following[entry.where] = entry.offset
-    following |= _lowest(entry.copies.items(), following)
+    if entry.copies:
+        following |= _lowest(entry.copies.items(), following)
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,7 @@ class Admission:
         targets: list[dict[Where, int]] = []
         for size, _ in reversed(parts):
             entries = self.open[end - size : end]
-            moved = {where for entry in entries for where in (entry.where, *entry.copies)}
+            moved = {entry.where for entry in entries}.union(*[entry.copies for entry in entries if entry.copies])
             if end == total:
                 moved |= self._loose
             targets.append({where: following[where] for where in moved})

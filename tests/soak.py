@@ -30,6 +30,7 @@ from confluent_kafka import Producer
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger, Outcome
 from riverdelta.registry.verify import verify
 from riverdelta.streams import topics
@@ -48,6 +49,7 @@ RECIPE = Recipe.from_dict(
     }
 )
 VICTIMS = {"stream": 8, "train-1": 3, "train-2": 3, "serve": 2, "broker": 3}
+BEGUN = {"stream": "first events decided", "train-1": "Ready to train", "train-2": "Ready to train"}
 EVENTS_PER_KILL = 24
 QUIET_SECONDS = 300.0
 JUNK = (b"not json", b'{"adapter":"NO","text":"x"}', b'{"adapter":"ada"}', b"")
@@ -95,6 +97,7 @@ class Soak:
         """Kill somebody, or make a zombie: stopped until another has taken over, let go on, then killed."""
         names = [name for name in VICTIMS if name != "broker" or self.broker.killable]
         name = self.rng.choices(names, [VICTIMS[name] for name in names])[0]
+        self.counts["kills"] += 1
         self.counts[name] += 1
         if name == "broker":
             self.broker.kill()
@@ -138,7 +141,7 @@ class Soak:
     # -- events --------------------------------------------------------------------------------------------------
 
     def publish(self, stop: threading.Event) -> None:
-        """Until told to stop and enough is sent: valid events, some sent twice, and some that are none."""
+        """So many a kill, until told to stop: valid events, some sent twice, and some that are none."""
         producer = Producer(
             {
                 **self.settings.kafka.for_confluent(),
@@ -150,14 +153,12 @@ class Soak:
         )
         total = max(1, self.kills) * EVENTS_PER_KILL
         while self.published.records < total or not stop.is_set():
-            for _ in range(self._events.randrange(1, 6)):
+            if stop.is_set() or self.published.records < (self.counts["kills"] + 2) * EVENTS_PER_KILL:
                 for value in self._next():
                     self.published.records += 1
                     producer.produce(self.settings.topics.events, value, partition=self._events.randrange(4))
             producer.poll(0)
-            time.sleep(0.2)
-            if self.published.records > 2 * total:
-                stop.wait()
+            time.sleep(0.02)
         if producer.flush(300):
             raise AssertionError("the broker has not taken every event")
 
@@ -190,7 +191,9 @@ class Soak:
                     self.start(name)
             producer.start()
             for number in range(self.kills):
-                time.sleep(self.rng.choice([0.3, 1.0, 3.0, 6.0]))
+                if self.rng.random() < 0.8:  # the others hit processes that are starting
+                    self._await_work()
+                time.sleep(self.rng.choice([0.1, 0.5, 1.0, 2.0]))
                 self.wake()
                 self.revive()
                 self.kill()
@@ -205,6 +208,17 @@ class Soak:
         finally:
             self.end()
         return self._check(ledger) | {"served_releases": served}
+
+    def _await_work(self) -> None:
+        """Until dataflow and trainers have begun their work, or for a minute at most."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not all(map(self._works, BEGUN)):
+            self.revive()
+            time.sleep(0.1)
+
+    def _works(self, name: str) -> bool:
+        log = (self.river.folder / f"{name}.log").read_text(errors="replace")
+        return BEGUN[name] in log.rpartition('{"spawned"')[2]
 
     def _guarded(self, action: Callable[[], None], failed: list[BaseException]) -> None:
         try:
@@ -250,6 +264,7 @@ class Soak:
         lost = doubled = 0
         outcomes: Counter[str] = Counter()
         problems: list[str] = []
+        store, keys = ObjectStore(self.settings.store_url), KeyStore.open(self.settings)
         for name in ADAPTERS:
             found = Counter(said["text"] for _, said in entries(self.settings, ledger, name) if said)
             lost += len(self.published.valid[name].keys() - found.keys())
@@ -257,7 +272,7 @@ class Soak:
             problems += [f"{name}: not published: {text}" for text in found.keys() - self.published.valid[name].keys()]
             for segment in ledger.segments(name):
                 outcomes[str(segment.outcome)] += segment.count
-            problems += verify(ledger, ObjectStore(self.settings.store_url), name).problems
+            problems += verify(ledger, store, keys, name).problems
             done = subprocess.run(
                 [*COMMAND, "counterfactual", name, "--json"],
                 env=self.river.environment, capture_output=True, text=True, check=False,
@@ -270,7 +285,6 @@ class Soak:
         if len(letters) != self.published.junk:
             problems.append(f"{len(letters)} dead letters for {self.published.junk} that are no events")
         return {
-            "kills": self.kills,
             "records": self.published.records,
             "events": sum(len(texts) for texts in self.published.valid.values()),
             "lost": lost,
@@ -279,7 +293,7 @@ class Soak:
             "dead_letters": len(letters),
             "problems": problems,
             **start_ups(self.river.folder / "stream.log"),
-            "counts": dict(self.counts),
+            **self.counts,
         }
 
 
@@ -331,6 +345,7 @@ def main() -> None:
             "Apache Kafka is needed: name a cluster with --kafka, or RIVERDELTA_TEST_KAFKA, or run Docker."
         )
     os.environ["HF_HUB_OFFLINE"] = "1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and end what was started
     soak = Soak(given.seed, given.kills, folder, broker)
     try:
         report = soak.run()

@@ -20,7 +20,6 @@ Where = tuple[str, int]  # (incarnation, partition)
 
 # Built once: building a statement costs more than running it.
 _ADD_SEGMENTS = t.segments.insert()
-_ADD_MENTIONS = t.mentions.insert()
 _ADD_FACTS = t.facts.insert()
 _MOVE_HEADS = (
     t.adapters.update()
@@ -100,7 +99,7 @@ class Sealing(Journal):
             return
         c.execute(_ADD_SEGMENTS, batch.segments)
         if batch.mentions:
-            c.execute(_ADD_MENTIONS, batch.mentions)
+            self.db.append(c, t.mentions, batch.mentions)
         if batch.moved:
             rows = [
                 {"adapter": adapter, "incarnation": run, "partition": partition, "next_offset": to}
@@ -135,7 +134,7 @@ class _Batch:
     consumed: dict[tuple[str, str, int], int] = field(default_factory=dict)
     moved: dict[tuple[str, str, int], int] = field(default_factory=dict)
     segments: list[dict[str, Any]] = field(default_factory=list)
-    mentions: list[dict[str, Any]] = field(default_factory=list)
+    mentions: list[tuple[str, str, int]] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
     refusals: dict[str, Exception] = field(default_factory=dict)
 
@@ -184,10 +183,7 @@ class _Batch:
             root=seal.root,
         )
         self.segments.append({**vars(segment), "manifest": seal.manifest.pack()})
-        self.mentions += [
-            {"adapter": head.name, "mention": mention, "segment": segment.number}
-            for mention in sorted(seal.manifest.mentions)
-        ]
+        self.mentions += [(mention, head.name, segment.number) for mention in sorted(seal.manifest.mentions)]
         rows = fact_rows(head, self.chains[head.name], change.facts, self.at, self.actor, "")
         self.facts += rows
         self.chains[head.name] = rows[-1]["chain"]
