@@ -63,7 +63,8 @@ class World:
             offset = head.next_index + place
             listed.append(ManifestEntry(0, 0, offset, b"", hashes, gone, writer))
             self.contents[adapter, offset] = digest_of([adapter, offset])
-        return self.append(adapter, listed, epoch)
+        # The head that was read before the suppression list: a forget between the two must refuse the seal.
+        return self.append(adapter, listed, head.epoch if epoch is None else epoch)
 
     def append(self, adapter: str, entries: Sequence[ManifestEntry], epoch: int | None = None) -> object:
         """Append entries as they are."""
