@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from riverdelta.core.settings import Settings
+from riverdelta.registry.keystore import KeyStore
 from tests.trainer.samples import contents, fact, recipe
 from tests.trainer.stack import Stack
 
@@ -49,6 +51,7 @@ def test_a_killed_trainer_is_replaced_and_one_told_to_stop_leaves(
     tmp_path: Path, start: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     stack = Stack(tmp_path)
+    stack.keys = KeyStore.open(Settings.read(data=tmp_path))
     stack.create("acme", recipe(passes=20, micro_batch=1))
     stack.create("bob", recipe())
     stack.seal("acme", contents(6), ["ann", "bob", "cy", "di", "eve", "flo"])
