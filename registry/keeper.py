@@ -56,6 +56,8 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
 
 
 def _keep(ledger: Ledger, settings: Settings, stop: threading.Event) -> None:
+    import sqlalchemy.orm  # noqa: F401 - MLflow's thread imports it, and statements made meanwhile see it by halves
+
     wakeups = Wakeups(settings)
     moved = threading.Event()
     wakeups.listen(settings.topics.releases, moved)

@@ -174,6 +174,7 @@ class River:
         """The settings that its clients have."""
         held = dict(os.environ)
         try:
+            os.environ.clear()  # other tests may have left settings of theirs
             os.environ.update(self.environment)
             return Settings.read()
         finally:
