@@ -15,6 +15,7 @@ from rich.text import Text
 
 from riverdelta.core.errors import Conflict, RiverdeltaError
 from riverdelta.registry.ledger import Cause, Outcome, Stage
+from riverdelta.registry.purge import certificate_key
 
 from .demo_stack import Stack, Story
 
@@ -157,7 +158,10 @@ class Demo:
         self.released({"acme": 2})
         known, _ = self.known("acme", self.of("acme", "first", "second"))
         self.check_loss("acme", 2)
-        self.check(bool(self.stack.files_with(self.secret)), f"the data folder holds “{self.secret}”, for now")
+        self.check(
+            not self.stack.files_with(self.secret),
+            f"no file of the data folder shows “{self.secret}”: contents are encrypted, under a key of {_FORGOTTEN}'s",
+        )
         self.check(len(known) == 4, f"acme@2 knows {len(known)} of 4", time.monotonic() - began, "from event to answer")
 
     def roll_back(self) -> None:
@@ -230,8 +234,15 @@ class Demo:
         self.line(f"counterfactual {done['counterfactual']}")
         self.check(done["live"] == done["counterfactual"], "equal, bit for bit (SHA-256)", time.monotonic() - began)
         self.stack.wait("purging what was revoked", self._purged)
-        kept = self.stack.files_with(self.secret)
-        self.check(not kept, f"purged: no file of the data folder holds “{self.secret}” any more")
+        (forget,) = self.stack.ledger.forgets()
+        file = self.stack.data / "store" / certificate_key(forget.id)
+        self.line(f"[dim]$ riverdelta registry verify {file.name}[/dim]")
+        told = self.stack.run("registry", "verify", str(file), may_fail=True)
+        self.check(
+            (told["erased"], told["revoked"], told["problems"]) == (2, 2, []),
+            f"purged, {_FORGOTTEN}'s keys too; the signed certificate is in order: {told['erased']} entries erased, "
+            f"{told['revoked']} versions revoked",
+        )
 
     # -- what the steps are made of --------------------------------------------------------------------------
 
