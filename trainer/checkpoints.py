@@ -35,6 +35,8 @@ _STATES = ("state-0", "state-1")
 _FRAME = struct.Struct("<II")
 _SHARE = 0.01
 """The part of the time that writing states may take."""
+_BYTES_A_SECOND = 200e6
+"""How fast a state is taken to be hashed and written before one has been."""
 SHIP_SECONDS = 30.0
 SHIPPED = "checkpoints/"
 """Where the object store holds copies: below it, the adapter and the increment's key."""
@@ -84,6 +86,10 @@ class CheckpointLog:
             state = _parsed(self._shipped.get(), self._key)
         if state is not None:
             learner.restore(state)
+        o = learner.optimiser
+        size = sum(vector.nbytes for vector in (learner.weights.flat, o.m, o.v))
+        # Until a first state has been timed: one written at once would be the dearest, and spare the fewest steps.
+        self._due = time.monotonic() + size / _BYTES_A_SECOND / _SHARE
         self._thread = threading.Thread(target=self._write, name=f"checkpoints {self._folder.name}", daemon=True)
         self._thread.start()
         return learner.place
