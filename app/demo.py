@@ -238,10 +238,11 @@ class Demo:
         file = self.stack.data / "store" / certificate_key(forget.id)
         self.line(f"[dim]$ riverdelta registry verify {file.name}[/dim]")
         told = self.stack.run("registry", "verify", str(file), may_fail=True)
+        kept = self.stack.files_with(self.secret)
+        self.check(not kept, f"purged: still no file of the data folder holds “{self.secret}”")
         self.check(
             (told["erased"], told["revoked"], told["problems"]) == (2, 2, []),
-            f"purged, {_FORGOTTEN}'s keys too; the signed certificate is in order: {told['erased']} entries erased, "
-            f"{told['revoked']} versions revoked",
+            f"its signed certificate is in order: {told['erased']} entries erased, {told['revoked']} versions revoked",
         )
 
     # -- what the steps are made of --------------------------------------------------------------------------

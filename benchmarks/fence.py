@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 import httpx
 import torch
 
+from benchmarks.machine import here
 from riverdelta.core.settings import Kafka, Serving, Settings, Topics
 from riverdelta.registry import operations
 from riverdelta.registry.ledger import Forget, Ledger
@@ -174,12 +174,7 @@ def main() -> None:
         "clients": options.clients,
         "command": "python -m benchmarks.fence --kafka HOST:9092",
         "date": str(date.today()),
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": here(),
     }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
-import re
 import secrets
 import sys
 import tempfile
@@ -28,6 +26,7 @@ from typing import Any
 import httpx
 import torch
 
+from benchmarks.machine import here
 from riverdelta.registry.ledger import Ledger
 from riverdelta.streams.publish import Publisher
 from tests.e2e.river import River
@@ -182,21 +181,11 @@ def main() -> None:
         "recalled": round(sum(one.recalled for one in done) / len(done), 3),
         "command": "python -m benchmarks.freshness --kafka HOST:9092",
         "date": str(date.today()),
-        "machine": {
-            "cpu": _cpu(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": here(),
     }
     if options.probes >= 500:
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
-
-
-def _cpu() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ def processor() -> str:
     """The CPU's model name and what it can do in bf16."""
     import torch
 
-    names = [line.partition(":")[2].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")]
     can = [
         name
         for name, has in (
@@ -27,7 +26,25 @@ def processor() -> str:
         if has
     ]
     what = torch.backends.cpu.get_cpu_capability()
-    return f"{(names or [platform.processor()])[0]} ({', '.join([what, *can])}), {os.cpu_count()} cores"
+    return f"{cpu()} ({', '.join([what, *can])}), {os.cpu_count()} cores"
+
+
+def cpu() -> str:
+    """The CPU's model name."""
+    names = [line.partition(":")[2].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def here() -> dict[str, str | int | None]:
+    """The machine, for results of whole stacks."""
+    import torch
+
+    return {
+        "cpu": cpu(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def versions(*packages: str) -> dict[str, str]:

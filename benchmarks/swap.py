@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import math
-import platform
 import socket
 import subprocess
 import sys
@@ -32,6 +31,7 @@ import torch
 import transformers
 
 from benchmarks.load import linears_of
+from benchmarks.machine import here
 from riverdelta.core.settings import Kafka, Serving, Settings
 from riverdelta.serving.engine.invariance import MARGIN
 from tests.serving.hand import Hand, Linears, random_lora
@@ -236,12 +236,10 @@ def main() -> None:
         "base": "tiny random Llama" if options.base is None else options.base.name,
         "batch_invariant": options.batch_invariant,
         "machine": {
-            "cpu": platform.processor() or platform.machine(),
+            **here(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "python": platform.python_version(),
         },
     }
     RESULT.parent.mkdir(exist_ok=True)
