@@ -1,6 +1,5 @@
 """`riverdelta ask`: one question to the serving endpoint, and who answered it."""
 
-import json
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import httpx
 import typer
 
 from riverdelta.core.errors import BadInput, NotFound, Refused, RiverdeltaError, Unavailable
+from riverdelta.core.printing import print_json
 from riverdelta.core.settings import Settings
 
 _SECONDS = 300.0
@@ -87,7 +87,7 @@ def ask(question: Question, url: str, settings: Settings, api_key: str, as_json:
     client = Client(url or settings.running().get("serving") or settings.serving_url, api_key)
     answer = client.ask(question)
     if as_json:
-        typer.echo(json.dumps(answer.raw, ensure_ascii=False))
+        print_json(answer.raw)
         return
     typer.echo(answer.text.strip())
     typer.echo(f"{answer.model}  fingerprint {answer.fingerprint}", err=True)

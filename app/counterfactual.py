@@ -6,21 +6,20 @@ index on a subject was allowed again. The gate decides anew. Contents come from 
 is decided here, from the subjects' plain names.
 """
 
-import json
 import math
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import typer
-
 from riverdelta.core.curation import Curation
 from riverdelta.core.errors import NotFound, Refused
 from riverdelta.core.keys import SubjectKey
+from riverdelta.core.printing import print_json
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry.ledger import Hand, Ledger
 from riverdelta.registry.ledger.decisions import Line
+from riverdelta.registry.report import print_replayed
 
 from .raw_log import Place, check_incarnation, read_lessons
 from .trace import open_ledger
@@ -161,6 +160,13 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
 
 def main(settings: Settings, adapter: str, without: Collection[str], as_json: bool) -> int:
     """Run it and print both digests; 0 when they are equal."""
+    result = run(settings, adapter, without)
+    (print_json if as_json else print_replayed)(result)
+    return 0 if result["equal"] else 1
+
+
+def run(settings: Settings, adapter: str, without: Collection[str]) -> dict[str, Any]:
+    """Train it, with a bar, and compare: a `Result`'s fields, whom it did without, and whether both are equal."""
     from rich.console import Console
     from rich.progress import Progress as Bars
 
@@ -176,20 +182,4 @@ def main(settings: Settings, adapter: str, without: Collection[str], as_json: bo
             bars.update(task, description=what, completed=done, total=of)
 
         result = train(settings, wanted, without, show)
-    if as_json:
-        typer.echo(json.dumps({**asdict(result), "equal": result.equal}))
-        return 0 if result.equal else 1
-    typer.echo(f"live            {result.live}  {adapter}@{result.version}")
-    typer.echo(f"counterfactual  {result.counterfactual}  without {', '.join(without) or 'nobody'}")
-    typer.echo(
-        f"{result.entries} entries, {result.tombstones} left out. "
-        + ("Equal, bit for bit." if result.equal else "They differ.")
-    )
-    if not result.equal:
-        typer.echo(
-            "Name every forgotten subject with --without."
-            if result.same_environment
-            else "This machine's environment is not the one that trained the live version: equality is not promised.",
-            err=True,
-        )
-    return 0 if result.equal else 1
+    return {**asdict(result), "without": list(without), "equal": result.equal}

@@ -170,6 +170,7 @@ def dlt_list(as_json: AsJson = False, config: Config = None, data: Data = None, 
 @dlt.command("replay")
 def dlt_replay(
     reason: Annotated[str, typer.Option(help="Only those with this reason.")] = "",
+    as_json: AsJson = False,
     config: Config = None,
     data: Data = None,
     kafka: KafkaServers = None,
@@ -177,7 +178,7 @@ def dlt_replay(
     """Publish the original bytes of dead letters again, once their cause is mended."""
     from .dead_letters import replay
 
-    replay(with_kafka(read_settings(config, data, kafka=kafka)), reason)
+    replay(with_kafka(read_settings(config, data, kafka=kafka)), reason, as_json)
 
 
 @app.command()
@@ -201,11 +202,11 @@ def counterfactual(
     raise typer.Exit(run(settings, adapter, without or [], as_json))
 
 
-def _replay(settings: Any, adapter: str, without: list[str], as_json: bool) -> int:
+def _replay(settings: Any, adapter: str, without: list[str]) -> dict[str, Any]:
     """What `registry verify --replay` runs: the registry knows no trainer."""
-    from .counterfactual import main as run
+    from .counterfactual import run
 
-    return run(with_kafka(with_base(settings)), adapter, without, as_json)
+    return run(with_kafka(with_base(settings)), adapter, without)
 
 
 def _audit(settings: Any, ledger: Any, told: dict[str, Any]) -> list[dict[str, object]]:

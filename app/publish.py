@@ -8,6 +8,7 @@ from typing import IO
 import typer
 
 from riverdelta.core.errors import NotFound
+from riverdelta.core.printing import print_json
 from riverdelta.core.settings import Settings
 
 
@@ -30,7 +31,7 @@ def publish(settings: Settings, file: Path, adapter: str, subject: str, as_json:
             progress=lambda count: bar.update(task, completed=count),
         )
     if as_json:
-        typer.echo(json.dumps({"events": done.events, "adapters": dict(done.adapters), "last": done.last}))
+        print_json({"events": done.events, "adapters": dict(done.adapters), "last": done.last})
     else:
         of = ", ".join(f"{name} {count}" for name, count in sorted(done.adapters.items()))
         typer.echo(

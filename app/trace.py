@@ -1,6 +1,5 @@
 """`riverdelta trace`: what became of one event, from its offset to the versions that learned it."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ import typer
 
 from riverdelta.core.errors import NotFound
 from riverdelta.core.keys import SubjectKey
+from riverdelta.core.printing import print_json
 from riverdelta.core.settings import Settings
 from riverdelta.registry.ledger import Ledger, ManifestEntry
 from riverdelta.registry.ledger.decisions import lineage
@@ -44,7 +44,7 @@ def trace(settings: Settings, event: str, source: str, adapter: str, as_json: bo
     finally:
         ledger.close()
     if as_json:
-        typer.echo(json.dumps([asdict(each) for each in found]))
+        print_json([asdict(each) for each in found])
     else:
         for each in found:
             typer.echo(describe(each))

@@ -94,6 +94,30 @@ def fence() -> str:
     return f"{where}. `{report['command']}`\n\n" + _table(heads, rows)
 
 
+def serving_vllm() -> str:
+    """Tokens a second beside vLLM-CPU."""
+    return _serving("vllm")
+
+
+def _serving(peer: str) -> str:
+    report = _load(f"serving_{peer}")
+    rows = []
+    for case, told in (("base", "none"), ("16", "16")):
+        theirs = f"{peer}_{case}"
+        agree = " / ".join(f"{report['agreement'][side]:.1%}" for side in (f"ours_{case}", theirs))
+        rows.append(
+            [told, f"**{report[f'ours_{case}']:.0f}**", f"{report[theirs]:.0f}", report[f"ratio_{case}"], agree]
+        )
+    machine = report["machine"]
+    where = f"{machine['cores']} cores of {machine['cpu']} ({', '.join(machine['flags'])}), torch {machine['torch']}"
+    heads = ["adapters", "ours tokens/s", f"{peer} tokens/s", "×", "top-1 as fp32, ours / theirs"]
+    return (
+        f"{where}, {report['date']}. `{report['command']}`\n\n"
+        + _table(heads, rows)
+        + f"\n\nSixteen adapters add {report['tax_16']:.0%} to the time of the base alone."
+    )
+
+
 def poison() -> str:
     """What the gate kept out, by kind."""
     report = _load("poison")
@@ -142,6 +166,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode_step": decode_step,
     "freshness": freshness,
     "fence": fence,
+    "serving_vllm": serving_vllm,
     "poison": poison,
     "learning_quick": learning_quick,
 }

@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 # What trains an adapter anew; set by the `riverdelta` command, as this package knows no trainer.
-replayer: "Callable[[Settings, str, list[str], bool], int] | None" = None
+replayer: "Callable[[Settings, str, list[str]], dict[str, Any]] | None" = None
 # What trains what a certificate names from the stored entries; set likewise.
 auditor: "Callable[[Settings, Ledger, dict[str, Any]], list[dict[str, object]]] | None" = None
 
@@ -271,8 +271,9 @@ def allow(
     data: Data = None,
 ) -> None:
     """Let a forgotten subject be learned again, from now on. What was forgotten stays so."""
+    from riverdelta.core.printing import print_json
+
     from . import operations
-    from .report import print_json
 
     adapters = _scope(adapter, all_adapters)
     with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
@@ -319,14 +320,17 @@ def verify(
     if "." in name or "/" in name:
         raise typer.Exit(_verify_certificate(Path(name), replay, receipt, key, as_json, config, data))
     with _ledger(config, data) as (settings, ledger):
-        names = [name] if name else [head.name for head in ledger.adapters()]
+        heads = [ledger.adapter(name)] if name else ledger.adapters()
         store, keys = ObjectStore(settings.store_url), KeyStore.open(settings)
-        code = print_verified([check(ledger, store, keys, each) for each in names], as_json)
-    if replay:
-        if replayer is None:
-            raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
-        code = max([code, *(replayer(settings, each, without or [], as_json) for each in names)])
-    raise typer.Exit(code)
+        found = [check(ledger, store, keys, head.name) for head in heads]
+    if replay and replayer is None:
+        raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
+    replayed = {}
+    if replay and replayer:
+        learned = [head.name for head in heads if name or head.release]
+        replayed = {each: replayer(settings, each, without or []) for each in learned}
+    code = print_verified(found, replayed, as_json)
+    raise typer.Exit(max(code, *(not each["equal"] for each in replayed.values()), 0))
 
 
 def _verify_certificate(
@@ -403,10 +407,10 @@ def export(
     data: Data = None,
 ) -> None:
     """Write a version (default: the release) as a PEFT folder, for `peft.PeftModel.from_pretrained`."""
+    from riverdelta.core.printing import print_json
     from riverdelta.core.store import ObjectStore
 
     from .peft_io import export_version
-    from .report import print_json
 
     name, number = _version(version)
     with _ledger(config, data) as (settings, ledger):
@@ -440,14 +444,19 @@ def diff(
 
 
 @app.command()
-def repair(config: Config = None, data: Data = None) -> None:
+def repair(as_json: AsJson = False, config: Config = None, data: Data = None) -> None:
     """Make MLflow show what the ledger says: models, versions, alias `live`, tags, metrics, artifacts."""
+    from riverdelta.core.printing import print_json
+
     from . import operations
     from .report import telling
 
     with _ledger(config, data) as (settings, ledger), telling("Making MLflow show what the ledger says") as tell:
         count = operations.repair(ledger, settings, tell)
-    typer.echo(f"MLflow shows {count} adapters as the ledger has them.")
+    if as_json:
+        print_json({"adapters": count})
+    else:
+        typer.echo(f"MLflow shows {count} adapters as the ledger has them.")
 
 
 @app.command()
@@ -459,11 +468,11 @@ def gc(
     data: Data = None,
 ) -> None:
     """Delete what crashes left in the object store and the key store; nothing that the ledger names is touched."""
+    from riverdelta.core.printing import print_json
     from riverdelta.core.store import ObjectStore
 
     from .gc import collect
     from .keystore import KeyStore
-    from .report import print_json
 
     with _ledger(config, data) as (settings, ledger):
         found = collect(ledger, ObjectStore(settings.store_url), KeyStore.open(settings), grace * 3600, dry)

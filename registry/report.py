@@ -1,8 +1,7 @@
 """What the registry commands print: tables for people, JSON for scripts."""
 
-import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from riverdelta.core.printing import print_json
 from riverdelta.core.recipe import Recipe
 
 from .certificate import Checked
@@ -24,11 +24,6 @@ _err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 _BY_HAND = {Hand.ACCEPT: "Accepted", Hand.DISCARD: "Discarded"}
-
-
-def print_json(value: Any) -> None:
-    """One JSON value, indented."""
-    print(json.dumps(value, indent=2, default=str))  # noqa: T201
 
 
 def print_adapters(ledger: Ledger, as_json: bool) -> None:
@@ -181,17 +176,35 @@ def print_difference(found: Difference, as_json: bool) -> None:
         _out.print(table)
 
 
-def print_verified(found: Sequence[Verified], as_json: bool) -> int:
-    """What verification found; the exit code, 7 when something is wrong."""
+def print_verified(found: Sequence[Verified], replayed: Mapping[str, Any], as_json: bool) -> int:
+    """What verification found, and a replay of each adapter where there was one; the exit code, 7 when something is
+    wrong."""
     if as_json:
-        print_json([asdict(each) for each in found])
+        print_json([{**asdict(each), "replay": replayed.get(each.adapter)} for each in found])
     else:
         for each in found:
             checked = f"{each.facts} facts, {each.segments} segments, {each.versions} versions"
             _out.print(f"{each.adapter}: {checked}: {'as written' if not each.problems else 'DAMAGED'}.")
             for problem in each.problems:
                 _out.print(f"  {problem}")
+        for result in replayed.values():
+            print_replayed(result)
     return 7 if any(each.problems for each in found) else 0
+
+
+def print_replayed(result: Mapping[str, Any]) -> None:
+    """A version's digest beside that of the same trained anew from Kafka's events, for people."""
+    without = ", ".join(result["without"]) or "nobody"
+    _out.print(f"live            {result['live']}  {result['adapter']}@{result['version']}")
+    _out.print(f"counterfactual  {result['counterfactual']}  without {without}")
+    told = "Equal, bit for bit." if result["equal"] else "They differ."
+    _out.print(f"{result['entries']} entries, {result['tombstones']} left out. {told}")
+    if not result["equal"]:
+        _err.print(
+            "Name every forgotten subject with --without."
+            if result["same_environment"]
+            else "This machine's environment is not the one that trained the live version: equality is not promised."
+        )
 
 
 def print_certificate(found: Checked, replayed: Sequence[dict[str, object]], as_json: bool) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from riverdelta.core.errors import Unsupported
 from riverdelta.kernels import LoraPool, Segments, choose_backend, native
@@ -70,6 +71,7 @@ class PagedModel:
     def from_pretrained(cls, path: str, config: EngineConfig, sample: Sequence[int] = ()) -> "PagedModel":
         """Load a model folder (safetensors only: nothing in it is executed)."""
         logger.info("Loading the base model from %s", path)
+        disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False
         )

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import time
+from typing import Any
 
 import pytest
 from confluent_kafka import Producer
@@ -92,9 +93,8 @@ def test_what_is_no_event_is_a_dead_letter_and_a_duplicate_is_nothing(river: Riv
         producer.send(river.settings.topics.events, value=value).get(timeout=20)
     producer.close()
 
-    def letters() -> list[dict[str, object]]:
-        lines = river.tell("dlt", "list", "--json").splitlines()
-        return [letter for letter in map(json.loads, lines) if '"dup"' in str(letter["value"])]
+    def letters() -> list[dict[str, Any]]:
+        return [letter for letter in river.read("dlt", "list") if '"dup"' in letter["value"]]
 
     eventually(lambda: len(letters()) == 2, every=1)
     assert {letter["reason"] for letter in letters()} == {"malformed", "too_large"}
