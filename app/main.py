@@ -62,11 +62,22 @@ def up(
 
 
 @app.command()
-def stream(config: Config = None, data: Data = None, kafka: KafkaServers = None) -> None:
+def stream(
+    config: Config = None,
+    data: Data = None,
+    kafka: KafkaServers = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT,...", help="Instead: where each process of all machines listens, in order."),
+    ] = None,
+    process: Annotated[int | None, typer.Option(min=0, help="Which of --cluster this one is, from 0.")] = None,
+) -> None:
     """Run the dataflow: events become segments."""
-    from riverdelta.streams.run import run
+    from riverdelta.streams.cluster import run
 
-    run(with_kafka(read_settings(config, data, kafka=kafka)))
+    given: dict[str, Any] = {"streams__workers": workers, "streams__cluster": cluster, "streams__process": process}
+    run(with_kafka(read_settings(config, data, kafka=kafka, **given)))
 
 
 @app.command()

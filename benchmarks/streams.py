@@ -42,7 +42,7 @@ run_main(flow)
 FULL = """
 import json, sys
 from riverdelta.core.settings import Settings
-from riverdelta.streams.run import run
+from riverdelta.streams.cluster import run
 run(Settings(**json.loads(sys.argv[1])))
 """
 

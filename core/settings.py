@@ -124,7 +124,11 @@ class Streams(_Part):
     )
     join_seconds: float = Field(3600.0, gt=0, description="how long they wait; a restart reads Kafka again that far")
     buckets: int = Field(64, ge=1, description="owners that adapters are spread over; fixed for a ledger's life")
-    workers: int = Field(1, ge=1, description="processes of the dataflow")
+    workers: int = Field(1, ge=1, description="processes of the dataflow on this machine")
+    cluster: str = Field(
+        "", description="where several machines run the dataflow: host:port of each of its processes, comma separated"
+    )
+    process: int = Field(0, ge=0, description="which of `streams.cluster` this process is, from 0")
     metrics_port: int = Field(0, ge=0, description="port for Prometheus, one more per further worker; 0 is off")
 
 

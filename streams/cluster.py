@@ -1,6 +1,7 @@
-"""Several processes of one dataflow on this machine, and their end when one of them ends.
+"""The processes of a dataflow: one alone, several on this machine, or one of those that several machines run.
 
-The processes exchange parcels over loopback TCP in Bytewax's own format, which trusts whoever can connect.
+They exchange parcels over TCP in Bytewax's own format, which trusts whoever can connect: over loopback on one machine,
+between machines over a network that lets in nobody else.
 """
 
 import logging
@@ -10,20 +11,44 @@ import socket
 import time
 from multiprocessing.process import BaseProcess
 
-from riverdelta.core.errors import Unavailable
+from riverdelta.core.errors import BadInput, Unavailable
 from riverdelta.core.settings import Settings
-from riverdelta.core.telemetry import set_up_logs
+
+from .run import run as run_process
 
 log = logging.getLogger(__name__)
 _STOP_SECONDS = 5.0
 
 
-def run_cluster(settings: Settings) -> None:
-    """Run `streams.workers` processes until told to stop; `Unavailable` when one of them died."""
-    addresses = [f"127.0.0.1:{port}" for port in _free_ports(settings.streams.workers)]
+def run(settings: Settings) -> None:
+    """Run what the settings ask for until SIGTERM or SIGINT. `BadInput` when they contradict each other."""
+    streams = settings.streams
+    if not streams.cluster:
+        if streams.workers > 1:
+            _run_here(settings)
+        else:
+            run_process(settings, [], 0)
+        return
+    if streams.workers > 1:
+        raise BadInput(
+            "streams.workers starts processes on this machine, streams.cluster joins those of others.",
+            "Give one of them.",
+        )
+    addresses = [address.strip() for address in streams.cluster.split(",")]
+    if streams.process >= len(addresses):
+        raise BadInput(
+            f"streams.process is {streams.process}, and streams.cluster names {len(addresses)} addresses.",
+            "Count processes from 0, in the order of their addresses.",
+        )
+    run_process(settings, addresses, streams.process)
+
+
+def _run_here(settings: Settings) -> None:
+    """Run `streams.workers` processes; `Unavailable` when one of them died."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(settings.streams.workers)]
     spawn = multiprocessing.get_context("spawn")
     children: list[BaseProcess] = [
-        spawn.Process(target=_child, args=(settings, addresses, index), name=f"stream-{index}")
+        spawn.Process(target=run_process, args=(settings, addresses, index), name=f"stream-{index}")
         for index in range(len(addresses))
     ]
     told: list[int] = []
@@ -39,13 +64,6 @@ def run_cluster(settings: Settings) -> None:
         raise Unavailable(f"Dataflow workers died: {', '.join(died)}.", "Start again: nothing is lost.")
 
 
-def _child(settings: Settings, addresses: list[str], index: int) -> None:
-    from .run import run_process
-
-    set_up_logs()
-    run_process(settings, addresses, index)
-
-
 def _stop(children: list[BaseProcess]) -> None:
     for child in children:
         if child.is_alive():
@@ -59,7 +77,8 @@ def _stop(children: list[BaseProcess]) -> None:
             child.join()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback address on which nobody listens."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:

@@ -34,19 +34,9 @@ log = logging.getLogger(__name__)
 _EPOCH = timedelta(seconds=1)  # how far a reader may run ahead; nothing is snapshotted, Kafka is read again
 
 
-def run(settings: Settings) -> None:
-    """Run the dataflow until SIGTERM or SIGINT; with `streams.workers` above 1, as that many Bytewax processes."""
+def run(settings: Settings, addresses: list[str], index: int) -> None:
+    """Run one process of the dataflow until SIGTERM or SIGINT: alone, or as number `index` of those on `addresses`."""
     set_up_logs()
-    if settings.streams.workers > 1:
-        from .cluster import run_cluster
-
-        run_cluster(settings)
-    else:
-        run_process(settings, [], 0)
-
-
-def run_process(settings: Settings, addresses: list[str], index: int) -> None:
-    """Run one process of the dataflow: alone, or as number `index` of those that listen on `addresses`."""
     began = time.monotonic()
     log.info("starting", extra={"worker": index})
     ending = Ending()

@@ -19,7 +19,7 @@ from riverdelta.registry import contents
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger
 
-_RUN = "import sys, json; from riverdelta.core.settings import Settings; from riverdelta.streams.run import run; "
+_RUN = "import sys, json; from riverdelta.core.settings import Settings; from riverdelta.streams.cluster import run; "
 _RUN += "run(Settings(**json.load(sys.stdin)))"
 
 

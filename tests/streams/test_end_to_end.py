@@ -17,6 +17,7 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry.ledger import Cause, Ledger
 from riverdelta.streams import topics
+from riverdelta.streams.cluster import free_ports, run
 from riverdelta.streams.dead_letters import list_dead_letters, replay_dead_letters
 from riverdelta.streams.publish import publish
 from tests.brokers import TansuBroker
@@ -229,3 +230,27 @@ def test_a_memory_only_broker_that_restarts_is_another_log(tmp_path: Path, tiny_
         ledger.close()
     finally:
         broker.stop()
+
+
+def test_processes_of_several_machines_are_one_dataflow(settings: Settings, ledger: Ledger, tmp_path: Path) -> None:
+    ledger.create("ada", recipe(count=4), "test")
+    settings.streams.cluster = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    machines = []
+    for index in range(2):
+        (folder := tmp_path / str(index)).mkdir()
+        own = settings.model_copy(deep=True)
+        own.streams.process = index
+        machines.append((own, folder))
+    for begin in (0, 20):
+        publish(settings, [line(adapter="ada", text=f"n-{n}") for n in range(begin, begin + 20)])
+        with flowing(*machines[0]) as first, flowing(*machines[1]) as second:
+            until(lambda wanted=begin + 20: count(ledger) == wanted)  # type: ignore[misc]
+            first.kill()
+            assert second.process.wait(30) != 0
+    assert texts(settings, ledger, "ada") == {f"n-{n}": 1 for n in range(40)}
+
+
+def test_a_process_that_the_cluster_does_not_name_is_refused(settings: Settings) -> None:
+    settings.streams.cluster, settings.streams.process = "127.0.0.1:1,127.0.0.1:2", 2
+    with pytest.raises(BadInput, match="names 2 addresses"):
+        run(settings)
