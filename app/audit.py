@@ -5,6 +5,7 @@ from typing import Any
 from riverdelta.core.errors import Refused
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
+from riverdelta.core.shards import shard_of
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry import contents
 from riverdelta.registry.keystore import KeyStore
@@ -32,7 +33,13 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
         said = [contents.read(ledger, store, keys, segment) for segment in segments]
         base = base or Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
         hands = tuple(segment.hand for segment in segments)
-        made = replay(base, Recipe.from_dict(head.recipe), head.seed, said, hands=hands)[-1].digest
+        recipe = Recipe.from_dict(head.recipe)
+        entries = [ledger.manifest(name, segment.number).entries for segment in segments]
+        shards = [
+            [shard_of(entry.subjects, index, recipe.shards.count) for index, entry in enumerate(some, segment.first)]
+            for segment, some in zip(segments, entries, strict=True)
+        ]
+        made = replay(base, recipe, head.seed, said, hands=hands, shards=shards)[-1].digest
         done.append(
             {
                 "version": f"{name}@{number}",

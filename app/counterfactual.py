@@ -17,6 +17,7 @@ from riverdelta.core.keys import SubjectKey
 from riverdelta.core.printing import print_json
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
+from riverdelta.core.shards import shard_of
 from riverdelta.registry.ledger import Hand, Ledger
 from riverdelta.registry.ledger.decisions import Line
 from riverdelta.registry.report import print_replayed
@@ -146,6 +147,13 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
         segments,
         lambda done, of: progress("training segment by segment", done, of),
         wanted.hands,
+        [
+            [
+                shard_of([key.subject(each) for each in lessons[at].subjects], wanted.indexes[at], recipe.shards.count)
+                for at in segment
+            ]
+            for segment in wanted.segments
+        ],
     )
     return Result(
         wanted.adapter,

@@ -53,6 +53,13 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     max_length: Annotated[int, Meta(ge=8, le=8192)] = 512
 
 
+class Shards(Struct, frozen=True, forbid_unknown_fields=True):
+    """Isolated parts that each learn from a share of the subjects (SISA, Bourtoule et al. 2021): `count` of them, each
+    with an equal share of the adapter's rank."""
+
+    count: Annotated[int, Meta(ge=1, le=64)] = 1
+
+
 class Seal(Struct, frozen=True, forbid_unknown_fields=True):
     """A segment is sealed at `count` entries, or when its oldest open entry is `age` seconds old; while nothing of the
     adapter waits to be learned, when it is `linger` seconds old (as Nagle's algorithm: small ones, but never two)."""
@@ -125,8 +132,24 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     training: Training = Training()
     gate: Gate = Gate()
     curate: Curate = Curate()
+    shards: Shards = Shards()
     seal: Seal = Seal()
     seed: Annotated[int, Meta(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        """`ValueError` when the shards cannot share the rank."""
+        if self.lora.rank % self.shards.count:
+            raise ValueError(f"{self.shards.count} shards cannot share a rank of {self.lora.rank} equally")
+
+    @property
+    def of_a_shard(self) -> "Recipe":
+        """What one shard trains by: its share of the rank, at the scale of the whole."""
+        count = self.shards.count
+        if count == 1:
+            return self
+        alpha = self.lora.alpha / (count**0.5 if self.lora.rslora else count)
+        lora = msgspec.structs.replace(self.lora, rank=self.lora.rank // count, alpha=alpha)
+        return msgspec.structs.replace(self, lora=lora, shards=Shards())
 
     @property
     def digest(self) -> str:
@@ -136,6 +159,8 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in the ledger."""
         held: dict[str, Any] = msgspec.to_builtins(self)
+        if self.shards == Shards():  # the digests of recipes from before there were any stay what they were
+            del held["shards"]
         return held
 
     @classmethod

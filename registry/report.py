@@ -93,6 +93,8 @@ def print_adapter(ledger: Ledger, name: str, as_json: bool) -> None:
         table = _table("version", "digest", "parent", "segment", "new", "loss", "made", "")
         for version in versions.values():
             told = "revoked" if version.revoked else "live" if version.number == head.release else ""
+            told = told or (f"withheld: {version.withheld}" if version.withheld else "")
+            told += _refusals(version)
             parent = f"@{version.parent}" if version.parent else "base"
             learned = "imported" if version.segment is None else str(version.segment)
             new = _figure(version.metrics.get("prequential"))
@@ -265,9 +267,14 @@ def _forget(forget: Forget) -> dict[str, Any]:
 
 
 def _version(version: VersionRecord) -> dict[str, Any]:
-    held = asdict(version)
+    held = {**asdict(version), "parts": [[part.digest, part.state] for part in version.parts]}
     held["metrics"] = {key: value for key, value in version.metrics.items() if key != "losses"}
     return held
+
+
+def _refusals(version: VersionRecord) -> str:
+    refused = [number for number, part in enumerate(version.parts) if part.refused]
+    return f" without shards {_numbers(refused)}" if refused else ""
 
 
 def _losses(version: VersionRecord) -> str:
@@ -303,7 +310,8 @@ def _told(fact: Fact) -> str:
             held = ", set aside as the release is held" if body["held"] else ""
             return f"segment {body['segment']} sealed: {body['count']} entries by {body['trigger']}{held}"
         case "increment":
-            return f"version {body['version']} learned segment {body['segment']}"
+            withheld = f", withheld: {body['withheld']}" if "withheld" in body else ""
+            return f"version {body['version']} learned segment {body['segment']}{withheld}"
         case "imported":
             return f"version {body['version']} imported"
         case "release":

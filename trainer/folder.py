@@ -35,9 +35,12 @@ class TrainerFolder:
             ) from error
         self._root = root
 
-    def open(self, adapter: str, key: str) -> CheckpointLog:
-        """The log of an adapter's increment."""
-        return CheckpointLog(self._path / adapter, key, Shipped(self._store, adapter, key))
+    def open(self, adapter: str, key: str, share: int = 0) -> CheckpointLog:
+        """The log of a share of an adapter's increment."""
+        named = f"{key}.{share}" if share else key
+        return CheckpointLog(
+            self._path / (f"{adapter}.{share}" if share else adapter), named, Shipped(self._store, adapter, named)
+        )
 
     def sweep(self, wanted: Wanted, but: frozenset[str] = frozenset()) -> None:
         """Delete every log that is not of its adapter's next work, here and where dead trainers left them; `but`
@@ -52,7 +55,7 @@ class TrainerFolder:
                 os.close(lock)
         for name in list(self._store.keys(checkpoints.SHIPPED)):
             adapter, _, key = name.removeprefix(checkpoints.SHIPPED).partition("/")
-            if wanted(adapter) != key:
+            if wanted(adapter) != key.partition(".")[0]:
                 self._store.delete(name)
 
     def close(self) -> None:
@@ -62,11 +65,12 @@ class TrainerFolder:
 
 def _sweep(place: Path, wanted: Wanted, but: frozenset[str]) -> None:
     for folder in sorted(place.iterdir()):
-        if folder.name in but:
+        adapter = folder.name.partition(".")[0]
+        if adapter in but:
             continue
-        key = wanted(folder.name)
-        if key is None or key != checkpoints.key_in(folder):
-            log.info("Removing the checkpoints of %s: the ledger has moved on", folder.name)
+        key = wanted(adapter)
+        if key is None or key != (checkpoints.key_in(folder) or "").partition(".")[0]:
+            log.info("Removing the checkpoints of %s: the ledger has moved on", adapter)
             checkpoints.delete(folder)
 
 

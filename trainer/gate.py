@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -18,7 +18,7 @@ from riverdelta.registry.ledger import Hand
 
 from .adapter import AdapterWeights
 from .base import Base
-from .increment import Learner, row_of
+from .increment import row_of
 from .layout import Row, spread
 from .scoring import Score, score
 from .verdict import Compared, Evidence, says_one_thing, verdict
@@ -40,6 +40,18 @@ def usual_of(metrics: Iterable[Mapping[str, Any]]) -> list[float]:
     return [float(held["surprise"]) for held in metrics if "surprise" in held]
 
 
+class Judgeable(Protocol):
+    """What a gate looks at: a segment's rows, and the weights that change between its making and its verdict. The
+    sample is drawn by `position`."""
+
+    @property
+    def rows(self) -> Sequence[Row | None]: ...
+    @property
+    def weights(self) -> AdapterWeights | None: ...
+    @property
+    def position(self) -> int: ...
+
+
 class Gate:
     """Made before the first step of an increment, with the parent's losses; asked when the last step is done."""
 
@@ -48,7 +60,7 @@ class Gate:
         base: Base,
         recipe: Recipe,
         seed: int,
-        learner: Learner,
+        learner: Judgeable,
         earlier: Sequence[bytes | None],
         usual: Sequence[float],
         hand: Hand,
@@ -57,7 +69,7 @@ class Gate:
         segments that the parent and its ancestors learned, in order."""
         self._base, self._recipe, self._learner, self._hand = base, recipe.gate, learner, hand
         longest = recipe.training.max_length
-        start = seed_of(seed, "gate", learner.optimiser.position)
+        start = seed_of(seed, "gate", learner.position)
         sample = [earlier[slot] for slot in spread(len(earlier), recipe.gate.sample, start)]
         questions = [json.dumps(msgspec.structs.asdict(each)).encode() for each in recipe.gate.questions]
         self.rows = (
@@ -85,7 +97,7 @@ class Gate:
             reason = ""
         return Judged(reason, metrics, evidence)
 
-    def _scores(self, weights: AdapterWeights) -> list[list[Score]]:
+    def _scores(self, weights: AdapterWeights | None) -> list[list[Score]]:
         ends = [0]
         rows: list[Row] = []
         for some in self.rows:

@@ -82,7 +82,7 @@ class Learner:
         training = recipe.training
         self.near = training.near
         self.plan = plan(len(entries), len(earlier), training, seed, self.optimiser.position)
-        self.rows = [row_of(base.tokenizer, entry, training.max_length) for entry in entries]
+        self.rows: Sequence[Row | None] = [row_of(base.tokenizer, entry, training.max_length) for entry in entries]
         self.rehearsed = {
             slot: row_of(base.tokenizer, earlier[slot], training.max_length)
             for slot in sorted({slot for batch in self.plan for slot in batch.earlier})
@@ -91,6 +91,11 @@ class Learner:
         self.losses: list[float] = []
         self.tokens = 0
         self.failure: Untrainable | None = None
+
+    @property
+    def position(self) -> int:
+        """Micro-batches since the adapter began, as its optimiser counts them."""
+        return self.optimiser.position
 
     @property
     def done(self) -> bool:

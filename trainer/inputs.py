@@ -1,4 +1,4 @@
-"""What an increment is made from, read from ledger and store: the segment, the earlier log, the parent's files."""
+"""What increments are made from, read from ledger and store: a segment's entries, the earlier log, a parent's files."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -8,43 +8,77 @@ from typing import overload
 from riverdelta.core.digests import sha256
 from riverdelta.core.errors import Corrupt
 from riverdelta.core.recipe import Recipe
+from riverdelta.core.shards import shard_of
 from riverdelta.core.store import ObjectStore, state_key, weights_key
 from riverdelta.registry import contents
 from riverdelta.registry.keystore import KeyStore
-from riverdelta.registry.ledger import Ledger, SegmentRecord, Work
+from riverdelta.registry.ledger import Ledger, SegmentRecord, VersionRecord, Work
 from riverdelta.registry.ledger.decisions import lineage
 
 from .gate import usual_of
 from .near import without_near_duplicates
 
+# So many segments' contents are kept while the inputs of several shards are read.
+_HELD_SEGMENTS = 256
 
-@dataclass(frozen=True)
-class Inputs:
-    """Contents in index order, None for tombstones, how surprising the lineage's segments were, and the parent's files,
-    None for what it does not have."""
 
-    entries: list[bytes | None]
-    earlier: "Earlier"
-    usual: list[float]
-    weights: bytes | None
-    state: bytes | None
+class Log:
+    """One adapter's entries, as a whole and shard by shard."""
+
+    def __init__(self, ledger: Ledger, store: ObjectStore, keys: KeyStore, recipe: Recipe) -> None:
+        self.count = recipe.shards.count
+        self._ledger, self._store, self._keys, self._alike = ledger, store, keys, recipe.curate.alike
+        self._held: dict[int, list[bytes | None]] = {}
+        self._shared: dict[int, list[list[int]]] = {}
+
+    def places(self, segment: SegmentRecord, shard: int | None) -> Sequence[int]:
+        """Where in a segment a shard's entries are; all places for None."""
+        if shard is None or self.count == 1:
+            return range(segment.count)
+        found = self._shared.get(segment.number)
+        if found is None:
+            found = self._shared[segment.number] = [[] for _ in range(self.count)]
+            for place, entry in enumerate(self._ledger.manifest(segment.adapter, segment.number).entries):
+                found[shard_of(entry.subjects, segment.first + place, self.count)].append(place)
+        return found[shard]
+
+    def live(self, segment: SegmentRecord, shard: int) -> list[bool]:
+        """Which of a shard's entries in a segment are not tombstones."""
+        entries = self._ledger.manifest(segment.adapter, segment.number).entries
+        return [not entries[place].tombstone for place in self.places(segment, shard)]
+
+    def said(self, segment: SegmentRecord, shard: int | None = None) -> list[bytes | None]:
+        """The contents of a shard's entries, None for tombstones and for a subject's near-duplicates."""
+        said = self._read(segment)
+        return [said[place] for place in self.places(segment, shard)]
+
+    def _read(self, segment: SegmentRecord) -> list[bytes | None]:
+        if segment.number not in self._held:
+            while len(self._held) >= (_HELD_SEGMENTS if self.count > 1 else 1):
+                del self._held[next(iter(self._held))]
+            self._held[segment.number] = self._read_now(segment)
+        return self._held[segment.number]
+
+    def _read_now(self, segment: SegmentRecord) -> list[bytes | None]:
+        live = contents.read(self._ledger, self._store, self._keys, segment)
+        if not self._alike:
+            return live
+        # Only what is about the very same subjects is compared, and that belongs to one shard.
+        subjects = [entry.subjects for entry in self._ledger.manifest(segment.adapter, segment.number).entries]
+        return without_near_duplicates(live, subjects, self._alike)
 
 
 class Earlier(Sequence[bytes | None]):
-    """The entries of the segments that a version and its ancestors learned, in that order, each read when asked for.
+    """A shard's entries (None: all) in segments that were learned, in that order, each read when asked for.
 
     `used` names the segments of which a live entry was handed out.
     """
 
-    def __init__(
-        self, ledger: Ledger, store: ObjectStore, keys: KeyStore, segments: Sequence[SegmentRecord], alike: float
-    ) -> None:
-        self._ledger, self._store, self._keys = ledger, store, keys
-        self._segments, self._alike = segments, alike
+    def __init__(self, log: Log, segments: Sequence[SegmentRecord], shard: int | None = None) -> None:
+        self._log, self._segments, self._shard = log, segments, shard
         self._ends = [0]
         for segment in segments:
-            self._ends.append(self._ends[-1] + segment.count)
-        self._read: tuple[int, list[bytes | None]] = (-1, [])
+            self._ends.append(self._ends[-1] + len(log.places(segment, shard)))
         self.used: set[int] = set()
 
     def __len__(self) -> int:
@@ -60,44 +94,55 @@ class Earlier(Sequence[bytes | None]):
         if not 0 <= slot < len(self):
             raise IndexError(slot)
         which = bisect_right(self._ends, slot) - 1
-        if self._read[0] != which:
-            read = _read(self._ledger, self._store, self._keys, self._segments[which], self._alike)
-            self._read = (which, read)
-        content = self._read[1][slot - self._ends[which]]
+        content = self._log.said(self._segments[which], self._shard)[slot - self._ends[which]]
         if content is not None:
             self.used.add(self._segments[which].number)
         return content
 
 
-def read_inputs(ledger: Ledger, store: ObjectStore, keys: KeyStore, work: Work) -> Inputs:
-    """Everything that a piece of work needs; `NotFound` or `Corrupt` where the store does not hold it."""
-    parent, name = work.parent, work.adapter.name
-    learned: list[SegmentRecord] = []
-    usual: list[float] = []
-    weights = state = None
-    if parent is not None:
-        versions = ledger.versions(name)
-        line = [versions[number] for number in reversed(lineage(versions, parent.number))]
-        numbers = [version.segment for version in line]
-        usual = usual_of(version.metrics for version in line)
-        learned = [ledger.segment(name, number) for number in numbers if number is not None]
-        weights = _checked(store.get(weights_key(parent.digest)), parent.digest)
-        if parent.state:
-            state = _checked(store.get(state_key(parent.state)), parent.state)
-    alike = Recipe.from_dict(work.adapter.recipe).curate.alike
-    entries = _read(ledger, store, keys, work.segment, alike)
-    return Inputs(entries, Earlier(ledger, store, keys, learned, alike), usual, weights, state)
+@dataclass(frozen=True)
+class Inputs:
+    """Contents in index order, None for tombstones, how surprising the lineage's segments were, and the parent's files,
+    None for what it does not have."""
+
+    entries: list[bytes | None]
+    earlier: Earlier
+    usual: list[float]
+    weights: bytes | None
+    state: bytes | None
 
 
-def _read(
-    ledger: Ledger, store: ObjectStore, keys: KeyStore, segment: SegmentRecord, alike: float
-) -> list[bytes | None]:
-    """A segment's contents, None for tombstones and for a subject's near-duplicates."""
-    live = contents.read(ledger, store, keys, segment)
-    if not alike:
-        return live
-    subjects = [entry.subjects for entry in ledger.manifest(segment.adapter, segment.number).entries]
-    return without_near_duplicates(live, subjects, alike)
+def line_of(ledger: Ledger, work: Work) -> list[VersionRecord]:
+    """The versions that the work builds on, oldest first."""
+    if work.parent is None:
+        return []
+    versions = ledger.versions(work.adapter.name)
+    return [versions[number] for number in reversed(lineage(versions, work.parent.number))]
+
+
+def learned_by(ledger: Ledger, line: Sequence[VersionRecord], shard: int | None = None) -> list[SegmentRecord]:
+    """The segments that a line, or one shard in it, has learned, in that order."""
+    return [
+        ledger.segment(version.adapter, version.segment)
+        for place, version in enumerate(line)
+        if version.segment is not None
+        and (shard is None or version.parts[shard].key != (line[place - 1].parts[shard].key if place else ""))
+    ]
+
+
+def files_of(store: ObjectStore, version: VersionRecord) -> tuple[bytes, bytes | None]:
+    """A version's weights and optimiser state; `NotFound` or `Corrupt` where the store does not hold them."""
+    weights = _checked(store.get(weights_key(version.digest)), version.digest)
+    return weights, _checked(store.get(state_key(version.state)), version.state) if version.state else None
+
+
+def read_inputs(ledger: Ledger, store: ObjectStore, log: Log, work: Work) -> Inputs:
+    """Everything that the increment of an adapter without shards needs; `NotFound` or `Corrupt` where the store does
+    not hold it."""
+    line = line_of(ledger, work)
+    usual = usual_of(version.metrics for version in line)
+    weights, state = files_of(store, line[-1]) if line else (None, None)
+    return Inputs(log.said(work.segment), Earlier(log, learned_by(ledger, line)), usual, weights, state)
 
 
 def _checked(data: bytes, digest: str) -> bytes:

@@ -12,6 +12,7 @@ from riverdelta.registry.ledger import Cause, Increment, Ledger, Work
 from riverdelta.registry.written import Written
 
 from .increment import Candidate
+from .making import Made
 from .metrics import Metrics
 from .patience import Patience
 
@@ -35,10 +36,10 @@ class Outcomes:
         self._fingerprint, self._patiently, self._told = fingerprint, patiently, told
         self._metrics = metrics
 
-    def commit(
-        self, work: Work, candidate: Candidate, saw: Collection[int], judged: Mapping[str, Any], seconds: float
-    ) -> None:
+    def commit(self, work: Work, made: Made, saw: Collection[int], seconds: float) -> None:
         """Files first, then the ledger; a ledger that has moved on refuses, and the files go again."""
+        candidate = made.candidate
+        assert candidate is not None
         files = {weights_key(candidate.digest): candidate.weights, state_key(candidate.state_digest): candidate.state}
         increment = Increment(
             work.adapter.name,
@@ -49,7 +50,9 @@ class Outcomes:
             candidate.state_digest,
             tuple(sorted(saw)),
             self._fingerprint,
-            {**candidate.metrics, **judged, "seconds": round(seconds, 3)},
+            {**candidate.metrics, **made.judged.metrics, "seconds": round(seconds, 3)},
+            made.parts,
+            made.withheld,
         )
         try:
             version = self._patiently(
@@ -65,6 +68,8 @@ class Outcomes:
         with contextlib.suppress(KeyError):
             self._metrics.rejected_in_a_row.remove(version.adapter)
         self._metrics.seconds.observe(seconds)
+        if version.withheld:
+            log.warning("%s@%d is not released: %s", version.adapter, version.number, version.withheld)
         log.info("Committed %s@%d, digest %s, in %.1f s", version.adapter, version.number, version.digest[:12], seconds)
         self._told(version.adapter)
 

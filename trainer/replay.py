@@ -5,26 +5,31 @@ of the same log on the same environment fingerprint. It is one side of the check
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from riverdelta.core.recipe import Recipe
 from riverdelta.registry.ledger import Hand
 
+from .adapter import AdapterWeights
 from .base import Base
 from .gate import BY_HAND, Gate, Judged, usual_of
-from .increment import Candidate, Learner, Untrainable, step
+from .increment import Candidate, Learner, Untrainable, row_of, step
+from .parts import Whole, join, seed_of_shard
 
 Told = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What became of one segment: its version's digests, or its parent's and why it was set aside."""
+    """What became of one segment: its version's digests and why the gate withheld it, or its parent's and why it was
+    set aside."""
 
     digest: str
     state_digest: str
     losses: tuple[float, ...]
     set_aside: str = ""
+    withheld: str = ""
 
 
 def replay(
@@ -34,31 +39,101 @@ def replay(
     segments: Sequence[Sequence[bytes | None]],
     told: Told | None = None,
     hands: Sequence[Hand] = (),
+    shards: Sequence[Sequence[int]] = (),
 ) -> list[Replayed]:
     """Train `segments` in order, each a list of contents in index order with None for tombstones.
 
-    `told` hears (segments done, segments) before each; `hands` are people's decisions about them, none by default. The
-    gate's decisions are not given: they are taken again. A parent that is still the base has empty digests.
+    `told` hears (segments done, segments) before each; `hands` are people's decisions about them, none by default;
+    `shards` says of every entry to which shard it belongs, where the recipe has several. The gate's decisions are not
+    given: they are taken again. A parent that is still the base has empty digests.
     """
     done: list[Replayed] = []
-    weights = state = None
-    earlier: list[bytes | None] = []
-    usual: list[float] = []
+    several = recipe.shards.count > 1
+    own = [seed_of_shard(seed, shard) for shard in range(recipe.shards.count)] if several else [seed]
+    lives = [_Life(base, recipe.of_a_shard, one) for one in own]
+    standing, everything, usual = b"", list[bytes | None](), list[float]()
     last = Replayed("", "", ())
     for number, entries in enumerate(segments):
         if told is not None:
             told(number, len(segments))
         hand = hands[number] if hands else Hand.NONE
-        made, judged = _increment(base, recipe, seed, entries, earlier, usual, weights, state, hand)
-        if made is None:
-            done.append(Replayed(last.digest, last.state_digest, (), judged.rejected))
+        where = shards[number] if several else [0] * len(entries)
+        refusals, learned = list[str](), False
+        for shard, life in enumerate(lives):
+            mine = [entry for entry, at in zip(entries, where, strict=True) if at == shard]
+            if mine or not several:
+                refusal = life.learn(mine, hand)
+                refusals += [refusal] if refusal else []
+                learned = learned or not refusal
+        if not learned:
+            done.append(Replayed(last.digest, last.state_digest, (), refusals[0]))
             continue
-        usual += usual_of([judged.metrics])
-        weights, state = made.weights, made.state
-        earlier += entries
-        last = Replayed(made.digest, made.state_digest, made.losses)
+        if not several:
+            made = lives[0].made
+            assert made is not None
+            last = Replayed(made.digest, made.state_digest, made.losses)
+        else:
+            joined = join(base, recipe, seed, [life.files for life in lives])
+            last = Replayed(joined.digest, joined.state_digest, ())
+            withheld, metrics = _judge(base, recipe, seed, entries, everything, usual, standing, joined.weights, hand)
+            if not withheld:
+                standing = joined.weights
+                usual += usual_of([metrics])
+            last = replace(last, withheld=withheld)
+        everything += entries
         done.append(last)
     return done
+
+
+class _Life:
+    """One chain of increments: an adapter's, or a shard's."""
+
+    def __init__(self, base: Base, recipe: Recipe, seed: int) -> None:
+        self._base, self._recipe, self._seed = base, recipe, seed
+        self.made: Candidate | None = None
+        self._earlier: list[bytes | None] = []
+        self._usual: list[float] = []
+
+    @property
+    def files(self) -> tuple[bytes, bytes] | None:
+        """Weights and state, once there are any."""
+        return None if self.made is None else (self.made.weights, self.made.state)
+
+    def learn(self, entries: Sequence[bytes | None], hand: Hand) -> str:
+        """Learn a segment, or say why not."""
+        weights, state = self.files or (None, None)
+        made, judged = _increment(
+            self._base, self._recipe, self._seed, entries, self._earlier, self._usual, weights, state, hand
+        )
+        if made is None:
+            return judged.rejected
+        self._usual += usual_of([judged.metrics])
+        self._earlier += entries
+        self.made = made
+        return ""
+
+
+def _judge(
+    base: Base,
+    recipe: Recipe,
+    seed: int,
+    entries: Sequence[bytes | None],
+    earlier: Sequence[bytes | None],
+    usual: Sequence[float],
+    standing: bytes,
+    weights: bytes,
+    hand: Hand,
+) -> tuple[str, dict[str, Any]]:
+    """Why all parts together are not to be released, beside the last that were, and what was measured."""
+    if not recipe.gate.on:
+        return "", {}
+    rows = [row_of(base.tokenizer, entry, recipe.training.max_length) for entry in entries]
+    before = AdapterWeights.load(standing, base.device) if standing else None
+    whole = Whole(rows, before, len(earlier))
+    gate = Gate(base, recipe, seed, whole, earlier, usual, hand)
+    whole.weights = AdapterWeights.load(weights, base.device)
+    judged = gate.judge()
+    return judged.rejected, judged.metrics
 
 
 def _increment(

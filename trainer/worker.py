@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from riverdelta.core.digests import digest_of
 from riverdelta.core.errors import Corrupt, NotFound, RiverdeltaError, Unavailable
-from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Hand, Ledger, Work
@@ -18,10 +18,10 @@ from .base import Base
 from .checkpoints import CheckpointLog
 from .fingerprint import fingerprint
 from .folder import TrainerFolder
-from .gate import BY_HAND, Gate, Judged
+from .gate import BY_HAND
 from .increment import Learner, step
-from .inputs import read_inputs
 from .lease import Lease
+from .making import Making, begin
 from .metrics import Metrics
 from .outcomes import Outcomes
 from .packing import packs_exactly
@@ -38,14 +38,13 @@ _STEP_TOKENS = 4096
 
 @dataclass
 class Active:
-    """An increment in the making, its gate, the segments that it uses, and the ledger's head when it was last seen
-    wanted."""
+    """An increment in the making, the checkpoint log of each of its shares with the number of losses recorded there,
+    and the ledger's head when it was last seen wanted."""
 
     work: Work
-    learner: Learner
-    gate: Gate | None
-    checkpoints: CheckpointLog
-    saw: set[int]
+    making: Making
+    checkpoints: list[CheckpointLog]
+    recorded: list[int]
     head: int
     began: float = field(default_factory=time.monotonic)
     told: float = field(default_factory=time.monotonic)
@@ -54,6 +53,16 @@ class Active:
     def name(self) -> str:
         """Adapter and segment, for the log."""
         return f"{self.work.adapter.name} segment {self.work.segment.number}"
+
+    @property
+    def learners(self) -> list[Learner]:
+        """What has still to be learned, or has been, share by share."""
+        return [share.learner for share in self.making.shares]
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it has been."""
+        return all(learner.done for learner in self.learners)
 
 
 class Worker:
@@ -105,14 +114,15 @@ class Worker:
         for active in list(self._active.values()):
             self._record(active)
             self._tell(active)
-            if active.learner.done and active.work.adapter.name in self._active:
+            if active.done and active.work.adapter.name in self._active:
                 self._finish(active)
         return True
 
     def close(self) -> None:
         """Leave the increments where another trainer can go on with them, and give the lease up."""
         for active in self._active.values():
-            active.checkpoints.close(active.learner)
+            for checkpoints, learner in zip(active.checkpoints, active.learners, strict=True):
+                checkpoints.close(learner)
         self._active.clear()
         self._folder.close()
         self._lease.drop()
@@ -137,7 +147,8 @@ class Worker:
 
     def _drop(self, active: Active) -> None:
         del self._active[active.work.adapter.name]
-        self._patiently(active.checkpoints.discard)
+        for checkpoints in active.checkpoints:
+            self._patiently(checkpoints.discard)
 
     def _wanted(self, active: Active) -> bool:
         name = active.work.adapter.name
@@ -154,13 +165,13 @@ class Worker:
     def _take_up(self) -> bool:
         """Begin what waits; whether something came to its outcome without a step."""
         decided = False
-        if len(self._active) >= self._most:
+        if self._taken() >= self._most:
             return decided
         now = time.monotonic()
         waiting = self._patiently(self._ledger.waiting)
         self._metrics.waiting.set(len(waiting))
         for name, _ in waiting:
-            if len(self._active) >= self._most or self._stop.is_set():
+            if self._taken() >= self._most or self._stop.is_set():
                 break
             if self._active and name not in self._active and not self._may_pack():
                 break
@@ -172,6 +183,10 @@ class Worker:
                 self._stalled[name] = now + _STALLED_SECONDS
                 log.error("%s waits until this is mended: %s", name, error)
         return decided
+
+    def _taken(self) -> int:
+        """How many adapters, and shards beyond the first, are being trained."""
+        return sum(max(1, len(active.learners)) for active in self._active.values())
 
     def _may_pack(self) -> bool:
         if self._exact is None:
@@ -191,7 +206,7 @@ class Worker:
             self._outcomes.reject(work, BY_HAND, {})
             return True
         try:
-            learner, gate, saw = self._patiently(lambda: self._learner(work))
+            making = self._patiently(lambda: self._making(work))
         except NotFound:
             # A purge may have replaced the payload, or a forget the parent, since the ledger was read.
             if self._patiently(lambda: self._ledger.work(name)) == work:
@@ -203,28 +218,26 @@ class Worker:
             self._outcomes.set_aside(work, error)
             return True
         self._stalled.pop(name, None)
-        checkpoints = self._folder.open(name, self._key(work))
-        spared = self._patiently(lambda: checkpoints.resume(learner))
-        self._active[name] = Active(work, learner, gate, checkpoints, saw, work.adapter.head)
+        shares = making.shares
+        checkpoints = [self._folder.open(name, self._key(work), share.number) for share in shares]
+        spared = 0
+        for each, share in zip(checkpoints, shares, strict=True):
+            spared += self._patiently(lambda each=each, share=share: each.resume(share.learner))  # type: ignore[misc]
+        recorded = [len(share.learner.losses) for share in shares]
+        self._active[name] = Active(work, making, checkpoints, recorded, work.adapter.head)
         log.info(
             "Training %s on version %d: %d entries, %d steps",
             f"{name} segment {work.segment.number}",
             work.parent.number if work.parent else 0,
             work.segment.count,
-            len(learner.plan),
+            sum(len(share.learner.plan) for share in shares),
         )
         if spared:
             log.info("Resumed %s segment %d after step %d", name, work.segment.number, spared)
         return False
 
-    def _learner(self, work: Work) -> tuple[Learner, Gate | None, set[int]]:
-        inputs = read_inputs(self._ledger, self._store, self._keys, work)
-        recipe, seed = Recipe.from_dict(work.adapter.recipe), work.adapter.seed
-        learner = Learner(self._base, recipe, seed, inputs.entries, inputs.earlier, inputs.weights, inputs.state)
-        gate = None
-        if recipe.gate.on:
-            gate = Gate(self._base, recipe, seed, learner, inputs.earlier, inputs.usual, work.segment.hand)
-        return learner, gate, {work.segment.number, *inputs.earlier.used}
+    def _making(self, work: Work) -> Making:
+        return begin(self._base, self._ledger, self._store, self._keys, work, self._fingerprint)
 
     def _key(self, work: Work) -> str:
         """Names an increment by everything that shapes it; an epoch stands for its tombstones."""
@@ -249,64 +262,74 @@ class Worker:
             return None
         return None if work is None else self._key(work)
 
-    def _groups(self) -> list[list[Active]]:
-        """Who takes the next step together: adapters that change the same modules, up to so many tokens."""
-        groups: list[list[Active]] = []
+    def _groups(self) -> list[list[tuple[Active, Learner]]]:
+        """Who takes the next step together: adapters, and shards, that change the same modules, up to so many
+        tokens."""
+        groups: list[list[tuple[Active, Learner]]] = []
         room: dict[tuple[str, ...], int] = {}
         at: dict[tuple[str, ...], int] = {}
-        for active in self._active.values():
-            targets = tuple(target.module for target in active.learner.weights.shape.targets)
-            tokens = active.learner.next_tokens()
+        all_of_them = [(active, each) for active in self._active.values() for each in active.learners if not each.done]
+        if len(all_of_them) > 1 and not self._may_pack():
+            return [[one] for one in all_of_them]
+        for active, learner in all_of_them:
+            targets = tuple(target.module for target in learner.weights.shape.targets)
+            tokens = learner.next_tokens()
             if targets not in at or room[targets] < tokens:
                 at[targets], room[targets] = len(groups), _STEP_TOKENS
                 groups.append([])
-            groups[at[targets]].append(active)
+            groups[at[targets]].append((active, learner))
             room[targets] -= tokens
         return groups
 
-    def _step(self, group: list[Active]) -> None:
-        learners = [active.learner for active in group]
+    def _step(self, group: list[tuple[Active, Learner]]) -> None:
+        learners = [learner for _, learner in group]
         before = sum(len(learner.losses) for learner in learners), sum(learner.tokens for learner in learners)
         try:
             step(self._base, learners)
         except (RuntimeError, MemoryError) as error:  # nobody has learned from this step yet
             if len(group) > 1:
-                for active in group:
-                    self._step([active])
+                for each in group:
+                    self._step([each])
                 return
-            log.error("%s waits: its step failed: %s", group[0].name, error)
-            self._stalled[group[0].work.adapter.name] = time.monotonic() + _STALLED_SECONDS
-            self._drop(group[0])
+            active, name = group[0][0], group[0][0].work.adapter.name
+            log.error("%s waits: its step failed: %s", active.name, error)
+            self._stalled[name] = time.monotonic() + _STALLED_SECONDS
+            if self._active.get(name) is active:
+                self._drop(active)
             return
         self._metrics.steps.inc(sum(len(learner.losses) for learner in learners) - before[0])
         self._metrics.tokens.inc(sum(learner.tokens for learner in learners) - before[1])
 
     def _record(self, active: Active) -> None:
-        if active.learner.failure is not None or not active.learner.losses:
-            return
-        try:
-            self._patiently(lambda: active.checkpoints.record(active.learner))
-        except Corrupt as error:
-            log.error("Beginning %s anew: %s", active.name, error)
-            self._drop(active)
+        for place, (checkpoints, learner) in enumerate(zip(active.checkpoints, active.learners, strict=True)):
+            if len(learner.losses) == active.recorded[place]:
+                continue
+            active.recorded[place] = len(learner.losses)
+            try:
+                self._patiently(lambda to=checkpoints, of=learner: to.record(of))  # type: ignore[misc]
+            except Corrupt as error:
+                log.error("Beginning %s anew: %s", active.name, error)
+                self._drop(active)
+                return
 
     def _tell(self, active: Active) -> None:
-        learner = active.learner
+        learners = [learner for learner in active.learners if learner.losses]
         now = time.monotonic()
-        if learner.losses and (learner.done or now - active.told > _PROGRESS_SECONDS):
+        if learners and (active.done or now - active.told > _PROGRESS_SECONDS):
             active.told = now
-            log.info("%s: step %d of %d, loss %.4f", active.name, learner.place, len(learner.plan), learner.losses[-1])
+            taken, of = (sum(each) for each in zip(*((one.place, len(one.plan)) for one in learners), strict=True))
+            loss = fmean(learner.losses[-1] for learner in learners)
+            log.info("%s: step %d of %d, loss %.4f", active.name, taken, of, loss)
 
     def _finish(self, active: Active) -> None:
         try:
-            candidate = active.learner.candidate()
+            made = active.making.finish()
         except RiverdeltaError as error:
             self._outcomes.set_aside(active.work, error)
         else:
-            judged = active.gate.judge() if active.gate is not None else Judged("", {})
-            if judged.rejected:
-                self._outcomes.reject(active.work, judged.rejected, judged.metrics)
+            if made.candidate is None:
+                self._outcomes.reject(active.work, made.judged.rejected, made.judged.metrics)
             else:
                 seconds = time.monotonic() - active.began
-                self._outcomes.commit(active.work, candidate, active.saw, judged.metrics, seconds)
+                self._outcomes.commit(active.work, made, active.making.saw, seconds)
         self._drop(active)

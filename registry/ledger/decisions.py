@@ -3,7 +3,7 @@
 The ledger applies a change in one transaction; tests drive the same functions without a database.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -129,23 +129,31 @@ def check_work(adapter: AdapterRecord, segment: SegmentRecord, first: int | None
 
 
 def decide_increment(
-    adapter: AdapterRecord, segment: SegmentRecord, first: int | None, epoch: int, parent: int, digest: str
+    adapter: AdapterRecord,
+    segment: SegmentRecord,
+    first: int | None,
+    epoch: int,
+    parent: int,
+    digest: str,
+    parts: Sequence[str] = (),
+    withheld: str = "",
 ) -> Change:
-    """Accept a candidate: it becomes the tip and, as nothing else holds the release, the release.
+    """Accept a candidate: it becomes the tip and, as nothing else holds the release, the release, unless the gate has
+    `withheld` it. `parts` are the digests of its shards.
 
     While a rollback holds the release only a rebuild awaits, and the hold moves to the rebuilt version.
     """
     check_work(adapter, segment, first, epoch, parent)
     number = adapter.next_version
     held = None if adapter.held is None else number
-    return Change(
-        replace(adapter, next_version=number + 1, tip=number, release=number, held=held),
-        (
-            ("increment", {"version": number, "parent": parent, "segment": segment.number, "digest": digest}),
-            ("release", {"from": adapter.release, "to": number, "digest": digest}),
-        ),
-        (segment.outcome_as(Outcome.TRAINED, number),),
-    )
+    more = {**({"parts": list(parts)} if parts else {}), **({"withheld": withheld} if withheld else {})}
+    body = {"version": number, "parent": parent, "segment": segment.number, "digest": digest, **more}
+    facts = [("increment", body)]
+    after = replace(adapter, next_version=number + 1, tip=number, held=held)
+    if not withheld or held is not None:
+        facts.append(("release", {"from": adapter.release, "to": number, "digest": digest}))
+        after = replace(after, release=number)
+    return Change(after, tuple(facts), (segment.outcome_as(Outcome.TRAINED, number),))
 
 
 def decide_set_aside(
@@ -327,7 +335,10 @@ def decide_by_hand(
     if segment.hand is hand:
         raise Conflict(f"Segment {number} of {adapter.name} has that word already.", "There is nothing to do.")
     tip, release, again = adapter.tip, adapter.release, set[int]()
-    if (segment.outcome is Outcome.TRAINED) is (hand is Hand.DISCARD) and segment.outcome is not Outcome.AWAITING:
+    trained = segment.outcome is Outcome.TRAINED
+    wholly = trained and not (segment.version and versions[segment.version].partial)
+    differs = trained if hand is Hand.DISCARD else not wholly
+    if differs and segment.outcome is not Outcome.AWAITING:
         learned = segment.version if segment.outcome is Outcome.TRAINED else None
         tip = versions[learned].parent if learned else segment.version or 0
         again = {each for each in Line.of(versions, adapter.tip).segments if each >= number}

@@ -315,7 +315,9 @@ class Forgetting(Lending):
         with self.db.write() as c:
             for chunk in chunks(versions):
                 c.execute(
-                    t.versions.update().where(v.adapter == adapter, v.number.in_(chunk)).values(purged=True, metrics={})
+                    t.versions.update()
+                    .where(v.adapter == adapter, v.number.in_(chunk))
+                    .values(purged=True, metrics={}, parts=[], withheld="")
                 )
 
     def digests_in_use(self) -> frozenset[str]:

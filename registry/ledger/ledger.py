@@ -17,8 +17,8 @@ from . import tables as t
 from .database import Database
 from .decisions import Change
 from .forgetting import Forgetting
-from .records import AdapterRecord, Cause, Fact, Hand, Manifest, Outcome, SegmentRecord, VersionRecord
-from .rows import adapter_of, fact_of, segment_of, version_of
+from .records import AdapterRecord, Cause, Fact, Hand, Manifest, Outcome, PartRecord, SegmentRecord, VersionRecord
+from .rows import adapter_of, fact_of, segment_of, version_of, version_row
 from .sealing import Sealing
 
 
@@ -35,6 +35,8 @@ class Increment:
     saw: tuple[int, ...]
     fingerprint: Mapping[str, Any]
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[PartRecord, ...] = ()
+    withheld: str = ""
 
 
 @dataclass(frozen=True)
@@ -196,14 +198,21 @@ class Ledger(Sealing, Forgetting):
             return Work(head, self._segment(c, adapter, number), parent)
 
     def commit(self, increment: Increment, actor: str, look: Callable[[], None] | None = None) -> VersionRecord:
-        """Make a candidate the adapter's next version and its release; `StaleEpoch` or `Conflict` when the ledger
-        has moved on since the work began. `look` is called last, as in `seal`."""
+        """Make a candidate the adapter's next version and, unless the gate withholds it, its release; `StaleEpoch` or
+        `Conflict` when the ledger has moved on since the work began. `look` is called last, as in `seal`."""
         with self.db.write() as c:
             adapter = self._adapter(c, increment.adapter, lock=True)
             segment = self._segment(c, adapter.name, increment.segment)
             first = self._first_awaiting(c, adapter.name)
             change = decisions.decide_increment(
-                adapter, segment, first, increment.epoch, increment.parent, increment.digest
+                adapter,
+                segment,
+                first,
+                increment.epoch,
+                increment.parent,
+                increment.digest,
+                [part.digest for part in increment.parts],
+                increment.withheld,
             )
             s = t.segments.c
             decided_here = c.execute(  # decisions in the lineage count as seen
@@ -226,8 +235,10 @@ class Ledger(Sealing, Forgetting):
                 dict(increment.fingerprint),
                 dict(increment.metrics),
                 now(),
+                parts=increment.parts,
+                withheld=increment.withheld,
             )
-            c.execute(t.versions.insert().values(asdict(version)))
+            c.execute(t.versions.insert().values(version_row(version)))
             self._apply(c, adapter, change, actor, "")
             if look is not None:
                 look()
@@ -274,7 +285,7 @@ class Ledger(Sealing, Forgetting):
             version = VersionRecord(
                 name, 1, digest, "", 0, None, 0, head.recipe_digest, (), dict(fingerprint), {}, now()
             )
-            c.execute(t.versions.insert().values(asdict(version)))
+            c.execute(t.versions.insert().values(version_row(version)))
             moved = replace(head, next_version=2, tip=1, release=1)
             facts = (
                 ("imported", {"version": 1, "digest": digest}),

@@ -177,9 +177,26 @@ class SegmentRecord:
         return replace(self, outcome=outcome, version=version, cause=cause, note=note, metrics=dict(metrics or {}))
 
 
+class PartRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one shard of an adapter has come to in a version.
+
+    `key` names everything that it has learned from; `digest` and `state` are of the files that it alone would have.
+    `refused` is the key that its share of the version's segment would have led to, had it been learned, and `note` why
+    it was not. `metrics` are those of the part that the version's own increment made.
+    """
+
+    key: str = ""
+    digest: str = ""
+    state: str = ""
+    refused: str = ""
+    note: str = ""
+    metrics: dict[str, Any] = {}
+
+
 @dataclass(frozen=True)
 class VersionRecord:
-    """Immutable weights and their lineage. `saw` names the segments that this increment itself used."""
+    """Immutable weights and their lineage. `saw` names the segments that this increment itself used; `parts` are the
+    shards', none for an adapter of one. `withheld` says why the gate did not release it."""
 
     adapter: str
     number: int
@@ -195,6 +212,13 @@ class VersionRecord:
     made_at: str
     revoked: bool = False
     purged: bool = False
+    parts: tuple[PartRecord, ...] = ()
+    withheld: str = ""
+
+    @property
+    def partial(self) -> bool:
+        """Whether a gate kept a part of the segment from being learned, or the version from being released."""
+        return bool(self.withheld) or any(part.refused for part in self.parts)
 
 
 @dataclass(frozen=True)

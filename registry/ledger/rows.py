@@ -1,10 +1,24 @@
 """Database rows as records."""
 
+from dataclasses import asdict
 from typing import Any
 
+import msgspec
 from sqlalchemy import Row
 
-from .records import AdapterRecord, Cause, Fact, Forget, Hand, Lease, Outcome, SegmentRecord, Stage, VersionRecord
+from .records import (
+    AdapterRecord,
+    Cause,
+    Fact,
+    Forget,
+    Hand,
+    Lease,
+    Outcome,
+    PartRecord,
+    SegmentRecord,
+    Stage,
+    VersionRecord,
+)
 
 
 def _given(row: Row[Any], *without: str) -> dict[str, Any]:
@@ -24,7 +38,13 @@ def segment_of(row: Row[Any]) -> SegmentRecord:
 
 def version_of(row: Row[Any]) -> VersionRecord:
     """A version."""
-    return VersionRecord(**_given(row, "saw"), saw=tuple(row.saw))
+    parts = msgspec.convert(row.parts, tuple[PartRecord, ...])
+    return VersionRecord(**_given(row, "saw", "parts"), saw=tuple(row.saw), parts=parts)
+
+
+def version_row(version: VersionRecord) -> dict[str, Any]:
+    """A version as a row."""
+    return {**asdict(version), "parts": msgspec.to_builtins(version.parts)}
 
 
 def fact_of(row: Row[Any]) -> Fact:

@@ -97,6 +97,8 @@ versions = Table(
     Column("made_at", String(32), nullable=False),
     Column("revoked", Boolean, nullable=False),
     Column("purged", Boolean, nullable=False),
+    Column("parts", JSON, nullable=False, server_default="[]"),
+    Column("withheld", Text, nullable=False, server_default=""),
 )
 
 # Which segments hold live entries about a subject, or written by a version: what a forget looks up.
