@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from riverdelta.core.curation import Curation
 from riverdelta.core.errors import NotFound, Refused
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.printing import print_json
@@ -120,7 +119,7 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
     progress("reading the events", 0, len(places))
     check_incarnation(settings, wanted.incarnations)
     recipe = Recipe.from_dict(wanted.recipe)
-    lessons = read_lessons(settings, wanted.adapter, places, Curation(recipe.curate))
+    lessons = read_lessons(settings, wanted.adapter, places, recipe)
     key = SubjectKey.open(settings.keys_dir)
     until = {subject: wanted.allowed.get(key.subject(subject), math.inf) for subject in without}
     left_out = {

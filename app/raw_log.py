@@ -13,8 +13,9 @@ from riverdelta.core.curation import Curation
 from riverdelta.core.errors import Corrupt, NotFound, Unavailable
 from riverdelta.core.events import ContractError, Event, Feedback, Interaction, content_of, decode
 from riverdelta.core.keys import SubjectKey
+from riverdelta.core.recipe import FeedbackPolicy, Recipe
 from riverdelta.core.settings import Settings
-from riverdelta.streams.joining import compose
+from riverdelta.streams.joining import compose, teaches
 
 Where = tuple[int, int]  # partition and offset
 Place = tuple[
@@ -58,11 +59,12 @@ def _id(incarnation: str) -> uuid.UUID:
     )
 
 
-def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Place], curate: Curation) -> dict[Place, Lesson]:
+def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Place], recipe: Recipe) -> dict[Place, Lesson]:
     """The lessons of the entries at these places of the events topic, as the recipe's rules leave them; `NotFound`
     when Kafka no longer holds one, `Corrupt` when the rules would not have let it in."""
     events = _events(settings, adapter, {(partition, offset) for partition, offset, _ in wanted})
-    partners = _Partners(events.values(), SubjectKey.open(settings.keys_dir))
+    partners = _Partners(events.values(), SubjectKey.open(settings.keys_dir), recipe.feedback)
+    curate = Curation(recipe.curate)
     lessons: dict[Place, Lesson] = {}
     for place in wanted:
         event = events.get(place[:2])
@@ -86,14 +88,14 @@ def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Place], cura
 class _Partners:
     """Interactions by response, and the feedback on them by the lesson that it taught."""
 
-    def __init__(self, events: Collection[Event], key: SubjectKey) -> None:
+    def __init__(self, events: Collection[Event], key: SubjectKey, policy: FeedbackPolicy) -> None:
         self._interactions: dict[str, Event] = {}
         self._feedback: dict[bytes, Event] = {}
         for event in events:
             record = event.record
             if isinstance(record, Interaction):
                 self._interactions.setdefault(record.response, event)
-            elif isinstance(record, Feedback):
+            elif isinstance(record, Feedback) and teaches(content_of(record), policy):
                 if record.correction is not UNSET:
                     self._feedback.setdefault(key.event("\0correction", record.response), event)
                 elif isinstance(record.rating, float) and record.rating > 0:

@@ -101,6 +101,14 @@ class Curate(Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
 
 
+class FeedbackPolicy(Struct, frozen=True, forbid_unknown_fields=True):
+    """What feedback teaches: a correction, in place of the answer; approval, the answer itself, at a rating above
+    `approval` (1: never)."""
+
+    corrections: bool = True
+    approval: Annotated[float, Meta(ge=0, le=1)] = 0.0
+
+
 class Question(Struct, frozen=True, forbid_unknown_fields=True):
     """One of an operator's own questions, with the answer that no increment may unlearn."""
 
@@ -132,6 +140,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     training: Training = Training()
     gate: Gate = Gate()
     curate: Curate = Curate()
+    feedback: FeedbackPolicy = FeedbackPolicy()
     shards: Shards = Shards()
     seal: Seal = Seal()
     seed: Annotated[int, Meta(ge=0)] = 0

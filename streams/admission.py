@@ -13,10 +13,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from riverdelta.core.curation import Curation
+from riverdelta.core.recipe import FeedbackPolicy
 from riverdelta.registry.ledger import Manifest, ManifestEntry
 
 from .items import FEEDBACK, INTERACTION, Item, Where
-from .joining import Joins, compose
+from .joining import Joins, compose, teaches
 
 # What became of an event.
 ADMITTED = "admitted"  # it is an entry
@@ -120,6 +121,7 @@ class Admission:
         age: float,
         linger: float,
         curate: Curation,
+        feedback: FeedbackPolicy,
         dedupe: int,
         consumed: Mapping[Where, int],
         suppressed: frozenset[str],
@@ -139,6 +141,7 @@ class Admission:
         self._age = age
         self._linger = linger
         self._curate = curate
+        self._feedback = feedback
         self._dedupe = dedupe
         self._revoked = revoked
         self._window = {event: index for index, event in recent if event}
@@ -175,7 +178,7 @@ class Admission:
         if fresh:
             self._decided[item.where] = item.offset + 1
             self._loose.add(item.where)
-        if item.kind == FEEDBACK and not item.event:
+        if item.kind == FEEDBACK and not (item.event and item.content and teaches(item.content, self._feedback)):
             return [UNUSED]
         if not self.suppressed.isdisjoint(item.subjects):
             item = replace(item, content=None, raw=None)

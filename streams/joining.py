@@ -11,6 +11,8 @@ import msgspec
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from riverdelta.core.recipe import FeedbackPolicy
+
 from .items import INTERACTION, Item, Where
 
 
@@ -132,6 +134,18 @@ class Joins:
 def _decider(arriving: Item, interaction: Waiting, feedback: Waiting) -> Item:
     current, other = (interaction, feedback) if arriving is interaction.item else (feedback, interaction)
     return current.item if current.fresh else other.item
+
+
+def teaches(feedback: bytes, policy: FeedbackPolicy) -> bool:
+    """Whether an adapter of this policy learns from such feedback.
+
+    >>> teaches(b'{"rating":0.5}', FeedbackPolicy()), teaches(b'{"rating":0.5}', FeedbackPolicy(approval=0.5))
+    (True, False)
+    >>> teaches(b'{"correction":"4"}', FeedbackPolicy(corrections=False))
+    False
+    """
+    said = msgspec.json.decode(feedback)
+    return policy.corrections if "correction" in said else float(said["rating"]) > policy.approval
 
 
 def compose(interaction: bytes, feedback: bytes) -> tuple[bytes, bool]:

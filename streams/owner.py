@@ -185,6 +185,7 @@ class Owner:
             age=seal.age,
             linger=seal.linger,
             curate=Curation(recipe.curate),
+            feedback=recipe.feedback,
             dedupe=self._settings.dedupe_window,
             consumed=self._ledger.consumed(name),
             suppressed=suppressed,

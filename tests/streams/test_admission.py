@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from riverdelta.core.curation import Curation
-from riverdelta.core.recipe import Curate
-from riverdelta.streams.admission import ADMITTED, DUPLICATE, REDELIVERED, SUPPRESSED, Admission
+from riverdelta.core.recipe import Curate, FeedbackPolicy
+from riverdelta.streams.admission import ADMITTED, DUPLICATE, REDELIVERED, SUPPRESSED, UNUSED, WAITING, Admission
 from riverdelta.streams.items import FEEDBACK, INTERACTION, Item
 from riverdelta.streams.joining import Joins
 
@@ -19,7 +19,7 @@ P0, P1 = ("run", 0), ("run", 1)
 def fresh(**given: Any) -> Admission:
     standard = {
         "epoch": 0, "next_index": 0, "next_segment": 1, "count": 3, "age": 5.0, "linger": 1.0, "dedupe": 4,
-        "consumed": {}, "curate": Curation(Curate()),
+        "consumed": {}, "curate": Curation(Curate()), "feedback": FeedbackPolicy(),
         "suppressed": frozenset(), "revoked": frozenset(), "recent": (), "joins": Joins(100, 60.0),
     }  # fmt: skip
     return Admission("ada", **{**standard, **given})
@@ -52,6 +52,26 @@ def test_what_the_rules_drop_is_no_entry_and_takes_no_identity() -> None:
     (draft,) = state.cut(9.0, {})
     assert draft.contents() == [b'{"type":"example","text":"at [ip]"}']
     assert draft.consumed == {P0: (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "learned"),
+    [
+        (FeedbackPolicy(), [b" B.", b" A."]),
+        (FeedbackPolicy(corrections=False), [b" A."]),
+        (FeedbackPolicy(approval=0.5), [b" B."]),
+    ],
+)
+def test_feedback_teaches_what_the_recipe_says(policy: FeedbackPolicy, learned: list[bytes]) -> None:
+    state = fresh(feedback=policy, count=9)
+    said = b'{"type":"interaction","prompt":"Q","completion":" A."}'
+    assert state.join(Item(INTERACTION, "ada", P0, 0, b"", (), said, None, b"r", "d" * 64), 0.0, 0.0) == [WAITING]
+    for offset, told in enumerate((b'{"correction":" B."}', b'{"rating":0.5}'), 1):
+        item = Item(FEEDBACK, "ada", P0, offset, b"lesson%d" % offset, (), told, None, b"r")
+        assert state.join(item, 0.0, 0.0) in ([ADMITTED], [UNUSED])
+    assert [entry.content for entry in state.open] == [
+        b'{"type":"example","prompt":"Q","completion":"%s"}' % answer for answer in learned
+    ]
 
 
 def test_a_duplicate_is_known_within_the_window_and_a_restart_knows_the_same() -> None:
