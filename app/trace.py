@@ -11,7 +11,7 @@ from riverdelta.core.errors import NotFound
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.printing import print_json
 from riverdelta.core.settings import Settings
-from riverdelta.registry.ledger import Ledger, ManifestEntry
+from riverdelta.registry.ledger import Gap, Ledger, ManifestEntry
 from riverdelta.registry.ledger.decisions import lineage
 
 _ID_BYTES = 12  # of an event's hash, the id's share; the rest is the source's
@@ -41,6 +41,7 @@ def trace(settings: Settings, event: str, source: str, adapter: str, as_json: bo
     ledger = open_ledger(settings)
     try:
         found = list(find(ledger, settings, event, source, adapter))
+        gaps = [] if found else ledger.gaps()
     finally:
         ledger.close()
     if as_json:
@@ -50,7 +51,7 @@ def trace(settings: Settings, event: str, source: str, adapter: str, as_json: bo
             typer.echo(describe(each))
     if not found:
         raise NotFound(
-            f"The ledger has no entry for {event}. {_refusal(settings, event)}".strip(),
+            f"The ledger has no entry for {event}. {_gap(gaps, event) or _refusal(settings, event)}".strip(),
             "An event becomes an entry when its segment is sealed; a duplicate becomes none. "
             "`riverdelta dlt list` shows what was refused.",
         )
@@ -121,6 +122,15 @@ def open_ledger(settings: Settings) -> Ledger:
 
 def _numbers(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers)) or "none"
+
+
+def _gap(gaps: list[Gap], event: str) -> str:
+    """That an offset was never read, if it was not."""
+    at = re.fullmatch(r"(\d+):(\d+)", event)
+    for gap in gaps:
+        if at is not None and gap.partition == int(at[1]) and gap.first <= int(at[2]) < gap.to:
+            return f"It was removed by retention before it was read (offsets {gap.first} to {gap.to - 1}, {gap.at})."
+    return ""
 
 
 def _refusal(settings: Settings, event: str) -> str:

@@ -18,7 +18,7 @@ from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import set_up_logs
 from riverdelta.registry.keystore import KeyStore
-from riverdelta.registry.ledger import Ledger
+from riverdelta.registry.ledger import Gap, Ledger
 from riverdelta.registry.wakeups import Wakeups
 
 from . import topics
@@ -66,7 +66,8 @@ def run(settings: Settings, addresses: list[str], index: int) -> None:
         stage = Stage(worker, ending, began)
         intake = Intake(SubjectKey.open(settings.keys_dir), buckets)
         floors = partial(_floors, ledger, patience, buckets)
-        source = Source(lambda number, count: Reader(settings, number, count, floors, ending, metrics))
+        record = partial(_record, ledger, patience)
+        source = Source(lambda number, count: Reader(settings, number, count, floors, record, ending, metrics))
         cluster_main(dataflow(source, intake, stage), addresses, index, epoch_interval=_EPOCH)  # type: ignore[no-untyped-call]
         stage.close(settings.running().get("embedded") == "true")
     except Stopped:
@@ -107,3 +108,7 @@ def _floors(ledger: Ledger, patience: Patience, buckets: int, run: str) -> dict[
     for (partition, _), offset in positions.items():
         held.setdefault(partition, []).append(offset)
     return {partition: min(offsets) for partition, offsets in held.items() if len(offsets) == buckets}
+
+
+def _record(ledger: Ledger, patience: Patience, gap: Gap) -> None:
+    patience.until(lambda: ledger.record_gap(gap), "recording a gap")

@@ -19,6 +19,7 @@ from bytewax.inputs import DynamicSource, StatelessSourcePartition
 
 from riverdelta.core.errors import BadInput, Corrupt, Unavailable
 from riverdelta.core.settings import Settings
+from riverdelta.registry.ledger import Gap
 
 from .intake import Read, Record
 from .items import Where
@@ -72,10 +73,12 @@ class Reader(StatelessSourcePartition[Read]):  # type: ignore[misc]
         worker: int,
         workers: int,
         floors: Callable[[str], Mapping[int, int]],
+        record: Callable[[Gap], None],
         ending: Ending,
         metrics: Metrics,
     ) -> None:
-        """`floors` gives for a topic incarnation the offsets that the ledger wants partitions read from."""
+        """`floors` gives for a topic incarnation the offsets that the ledger wants partitions read from; `record` hears
+        what retention has removed of them."""
         from confluent_kafka import Consumer
         from confluent_kafka.admin import AdminClient
 
@@ -83,6 +86,7 @@ class Reader(StatelessSourcePartition[Read]):  # type: ignore[misc]
         self._name = settings.topics.events
         self._worker, self._workers = worker, workers
         self._floors = floors
+        self._record = record
         self._ending = ending
         self._metrics = metrics
         self._admin = AdminClient(common)
@@ -251,9 +255,12 @@ class Reader(StatelessSourcePartition[Read]):  # type: ignore[misc]
     def _above(self, number: int, wanted: int, low: int) -> int:
         """Where to begin: at `wanted`, or where retention has left the log to begin."""
         if wanted < low:
+            assert self._topic is not None
+            self._record(Gap(self._topic.run, number, wanted, low))
             self._metrics.lost.inc(low - wanted)
             log.error(
-                "retention has removed records that were not learned yet: keep them longer (topics.retention_hours)",
+                "retention has removed records that were not learned yet; reading goes on behind them. Send them again "
+                "if their producers still can, and keep records longer (topics.retention_hours)",
                 extra={"topic": self._name, "partition": number, "from": wanted, "to": low},
             )
         return max(wanted, low)

@@ -13,6 +13,7 @@ from .access import check_access
 log = logging.getLogger(__name__)
 
 _HOUR_MS = 3_600_000
+_ANSWER_MS = 5000  # of silence, and the broker is said to be away; whoever is patient asks again
 # An event of the largest size that the contract allows fits into the dead letters with its headers.
 _DEAD_LETTER_BYTES = 4 * 1024 * 1024
 
@@ -67,7 +68,9 @@ def admin(settings: Settings) -> Iterator[Any]:
     where = settings.kafka.bootstrap
     check_access(settings.kafka)
     try:
-        with contextlib.closing(KafkaAdminClient(**settings.kafka.for_kafka_python())) as client:
+        with contextlib.closing(
+            KafkaAdminClient(**settings.kafka.for_kafka_python(), bootstrap_timeout_ms=_ANSWER_MS)
+        ) as client:
             yield client
     except (AuthorizationError, ClusterAuthorizationFailedError, TopicAuthorizationFailedError) as error:
         raise Refused(

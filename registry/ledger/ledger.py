@@ -1,5 +1,6 @@
 """The ledger: one ordered history of facts about each adapter, and the only place where an adapter's head moves."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ from . import tables as t
 from .database import Database
 from .decisions import Change
 from .forgetting import Forgetting
-from .records import AdapterRecord, Cause, Fact, Hand, Manifest, Outcome, PartRecord, SegmentRecord, VersionRecord
+from .records import AdapterRecord, Cause, Fact, Gap, Hand, Manifest, Outcome, PartRecord, SegmentRecord, VersionRecord
 from .rows import adapter_of, fact_of, segment_of, version_of, version_row
 from .sealing import Sealing
 
@@ -68,6 +69,17 @@ class Ledger(Sealing, Forgetting):
         """Write a fact about the whole ledger once; the value that stands is returned."""
         with self.db.write() as c:
             return self._remember(c, key, value)[0]
+
+    def record_gap(self, gap: Gap) -> None:
+        """Write once that records were gone before they were read."""
+        key = f"gap/{gap.incarnation}/{gap.partition}/{gap.first}"
+        self.remember(key, json.dumps({"to": gap.to, "at": now()}))
+
+    def gaps(self) -> list[Gap]:
+        """What was gone before it was read, in the order of partitions and offsets."""
+        with self.db.read() as c:
+            rows = list(c.execute(sa.select(t.meta).where(t.meta.c.key.startswith("gap/"))))
+        return sorted(Gap.of(row.key, json.loads(row.value)) for row in rows)
 
     # -- adapters --------------------------------------------------------------------------------------------
 

@@ -271,6 +271,23 @@ class Forget:
     body: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, order=True)
+class Gap:
+    """Offsets [first, to) of a partition that retention removed before they were read."""
+
+    incarnation: str
+    partition: int
+    first: int
+    to: int
+    at: str = ""
+
+    @classmethod
+    def of(cls, key: str, body: Mapping[str, Any]) -> "Gap":
+        """The gap that is kept under a key."""
+        _, incarnation, partition, first = key.rsplit("/", 3)
+        return cls(incarnation, int(partition), int(first), body["to"], body["at"])
+
+
 @dataclass(frozen=True)
 class Lease:
     """A process's right to act on what it has read. `acked` is the last fence that it has carried out."""

@@ -19,8 +19,9 @@ from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.verify import verify
 from tests.brokers import free_port, wait_for_port
+from tests.postgres import fresh
 from tests.registry.stack import two_versions, wait
-from tests.registry.test_postgres import fresh, server  # noqa: F401 a fixture
+from tests.registry.test_postgres import server  # noqa: F401 a fixture
 
 pytestmark = pytest.mark.soak
 

@@ -1,17 +1,10 @@
 """The ledger on a real PostgreSQL: the same machine of random acts, and writers that race."""
 
-import os
-import pwd
-import shutil
-import subprocess
 import threading
-import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import sqlalchemy as sa
 from hypothesis import HealthCheck
 from hypothesis import settings as limits
 from hypothesis.stateful import run_state_machine_as_test
@@ -19,49 +12,19 @@ from hypothesis.stateful import run_state_machine_as_test
 from riverdelta.core.errors import Conflict
 from riverdelta.core.recipe import Recipe
 from riverdelta.registry.ledger import Ledger
-from tests.brokers import free_port
+from tests.postgres import Postgres, fresh
 from tests.registry.test_ledger_machine import LedgerMachine
 from tests.registry.test_races import race
-
-_SERVERS = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(p).parent for p in [shutil.which("initdb")] if p]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A PostgreSQL of its own on the loopback interface: its SQLAlchemy URL, without a database name."""
-    if not _SERVERS:
-        pytest.skip("needs a PostgreSQL server")
-    folder = Path("/tmp") / f"riverdelta-pg-{uuid.uuid4().hex[:8]}"
-    folder.mkdir(mode=0o700)
-    user: dict[str, object] = {}
-    if os.getuid() == 0:  # the server refuses to run as root
-        account = pwd.getpwnam("postgres")
-        os.chown(folder, account.pw_uid, account.pw_gid)
-        user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-    port, tools = free_port(), _SERVERS[-1]
-    data = folder / "data"
-
-    def call(*command: str) -> None:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder, timeout=120, **user)  # type: ignore[call-overload]
-
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    call(str(tools / "initdb"), "-D", str(data), "-U", "river", "-A", "trust")
-    call(str(tools / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
+    held = Postgres()
     try:
-        yield f"postgresql+psycopg://river@127.0.0.1:{port}"
+        yield held.url
     finally:
-        call(str(tools / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
-        shutil.rmtree(folder)
-
-
-def fresh(server: str) -> str:
-    """The URL of an empty database."""
-    name = f"ledger_{uuid.uuid4().hex}"
-    engine = sa.create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name}"))
-    engine.dispose()
-    return f"{server}/{name}"
+        held.remove()
 
 
 def test_random_acts_keep_every_invariant(server: str) -> None:

@@ -1,4 +1,4 @@
-"""A disk that fills: the dataflow says so, waits, and goes on without loss when there is room again."""
+"""A disk that fills, a ledger that goes away: the dataflow says so, waits, and goes on without loss."""
 
 import contextlib
 import json
@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from riverdelta.core.errors import Unavailable
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry.ledger import Ledger
 from riverdelta.streams import topics
 from riverdelta.streams.publish import publish
+from tests.postgres import Postgres, fresh
 
 from .flow import count, flowing, texts, until
+
+RECIPE = Recipe.from_dict({"seal": {"count": 4, "age": 0.3, "linger": 0.3}})
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def test_a_full_disk_is_waited_out(settings: Settings, small_disk: Path, tmp_pat
     settings.data = small_disk / "data"
     topics.ensure(settings)
     ledger = Ledger.open(settings.ledger_url)
-    ledger.create("ada", Recipe.from_dict({"seal": {"count": 4, "age": 0.3, "linger": 0.3}}), "test")
+    ledger.create("ada", RECIPE, "test")
     lines = [json.dumps({"adapter": "ada", "text": f"t{number} {'x' * 4000}"}).encode() for number in range(40)]
     with flowing(settings, tmp_path) as flow:
         publish(settings, lines[:20])
@@ -55,3 +59,61 @@ def test_a_full_disk_is_waited_out(settings: Settings, small_disk: Path, tmp_pat
     assert set(texts(settings, ledger, "ada").values()) == {1}
     assert len(texts(settings, ledger, "ada")) == 40
     ledger.close()
+
+
+def test_a_postgresql_that_goes_away_is_waited_for(settings: Settings, tmp_path: Path) -> None:
+    server = Postgres()
+    try:
+        settings.registry.ledger = fresh(server.url)
+        topics.ensure(settings)
+        ledger = Ledger.open(settings.ledger_url)
+        ledger.create("ada", RECIPE, "test")
+        with flowing(settings, tmp_path) as flow:
+            publish(settings, numbered(0, 20))
+            until(lambda: count(ledger) == 20)
+            server.stop()
+            publish(settings, numbered(20, 40))
+            until(lambda: flow.told("waiting. The ledger"))
+            flow.kill()
+            flow.start()  # and one that starts meanwhile
+            until(lambda: flow.told("opening the ledger: waiting"))
+            server.start()
+            until(lambda: ledger_count(ledger) == 40)
+            publish(settings, numbered(40, 60))
+            server.stop()
+            server.start()
+            until(lambda: ledger_count(ledger) == 60)
+            assert flow.stop() == 0
+        assert texts(settings, ledger, "ada") == {f"t{number}": 1 for number in range(60)}
+        ledger.close()
+    finally:
+        server.remove()
+
+
+@pytest.mark.soak
+def test_a_locked_sqlite_is_waited_for(settings: Settings, tmp_path: Path) -> None:
+    """Somebody holds the write lock for longer than a writer waits for it, as a backup tool may."""
+    topics.ensure(settings)
+    ledger = Ledger.open(settings.ledger_url)
+    ledger.create("ada", RECIPE, "test")
+    with flowing(settings, tmp_path) as flow:
+        publish(settings, numbered(0, 20))
+        until(lambda: count(ledger) == 20)
+        with ledger.db.write():
+            publish(settings, numbered(20, 40))
+            until(lambda: flow.told("database is locked"), 90)
+        until(lambda: count(ledger) == 40)
+        assert flow.stop() == 0
+    assert texts(settings, ledger, "ada") == {f"t{number}": 1 for number in range(40)}
+    ledger.close()
+
+
+def numbered(first: int, end: int) -> list[bytes]:
+    return [json.dumps({"adapter": "ada", "text": f"t{number}"}).encode() for number in range(first, end)]
+
+
+def ledger_count(ledger: Ledger) -> int:
+    try:
+        return count(ledger)
+    except Unavailable:
+        return -1
