@@ -53,6 +53,7 @@ class Outcomes:
             {**candidate.metrics, **made.judged.metrics, "seconds": round(seconds, 3)},
             made.parts,
             made.withheld,
+            work.token,
         )
         try:
             version = self._patiently(
@@ -102,7 +103,9 @@ class Outcomes:
         parent = work.parent.number if work.parent else 0
         try:
             self._patiently(
-                lambda: self._ledger.set_aside(name, number, epoch, parent, cause, note, self._holder, metrics)
+                lambda: self._ledger.set_aside(
+                    name, number, epoch, parent, cause, note, self._holder, metrics, work.token
+                )
             )
         except Conflict as refused:
             log.info("Dropped that outcome: %s", refused)

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -16,6 +16,7 @@ from riverdelta.registry.ledger import Hand, Ledger, Work
 
 from .base import Base
 from .checkpoints import CheckpointLog
+from .claims import Claims
 from .fingerprint import fingerprint
 from .folder import TrainerFolder
 from .gate import BY_HAND
@@ -93,6 +94,7 @@ class Worker:
         self._stalled: dict[str, float] = {}
         self._exact: bool | None = None
         self._lease = Lease(ledger, holder, self._patiently)
+        self._claims = Claims(ledger, holder, self._patiently)
         self._folder = self._patiently(lambda: TrainerFolder(folder, store))
         self._patiently(lambda: self._folder.sweep(self._next_key))
 
@@ -124,6 +126,7 @@ class Worker:
             for checkpoints, learner in zip(active.checkpoints, active.learners, strict=True):
                 checkpoints.close(learner)
         self._active.clear()
+        self._claims.close()
         self._folder.close()
         self._lease.drop()
 
@@ -149,9 +152,12 @@ class Worker:
         del self._active[active.work.adapter.name]
         for checkpoints in active.checkpoints:
             self._patiently(checkpoints.discard)
+        self._claims.end(active.work.adapter.name)
 
     def _wanted(self, active: Active) -> bool:
         name = active.work.adapter.name
+        if self._claims.lost(name):
+            return False
         head = self._ledger.adapter(name)
         if head.head != active.head:
             work = self._ledger.work(name)
@@ -163,30 +169,34 @@ class Worker:
     # -- work ------------------------------------------------------------------------------------------------
 
     def _take_up(self) -> bool:
-        """Begin what waits; whether something came to its outcome without a step."""
+        """Claim and begin what waits; whether something came to its outcome without a step."""
         decided = False
         if self._taken() >= self._most:
             return decided
         now = time.monotonic()
         waiting = self._patiently(self._ledger.waiting)
         self._metrics.waiting.set(len(waiting))
-        for name, _ in waiting:
-            if self._taken() >= self._most or self._stop.is_set():
+        free = [name for name, _ in waiting if name not in self._active and self._stalled.get(name, 0.0) <= now]
+        claimed = self._claims.take(free, self._share(len(waiting)) - len(self._active)) if free else {}
+        for name, token in claimed.items():
+            if self._taken() >= self._most or self._stop.is_set() or (self._active and not self._may_pack()):
                 break
-            if self._active and name not in self._active and not self._may_pack():
-                break
-            if name in self._active or self._stalled.get(name, 0.0) > now:
-                continue
             try:
-                decided |= self._begin(name)
+                decided |= self._begin(name, token)
             except (Corrupt, NotFound) as error:
                 self._stalled[name] = now + _STALLED_SECONDS
                 log.error("%s waits until this is mended: %s", name, error)
+        self._claims.end(*(claimed.keys() - self._active.keys()))
         return decided
 
     def _taken(self) -> int:
         """How many adapters, and shards beyond the first, are being trained."""
         return sum(max(1, len(active.learners)) for active in self._active.values())
+
+    def _share(self, waiting: int) -> int:
+        """How many of the adapters that wait this trainer takes at most: as many as the others."""
+        trainers = self._patiently(lambda: self._ledger.count_live("trainer"))
+        return min(self._most, -(-waiting // max(1, trainers)))
 
     def _may_pack(self) -> bool:
         if self._exact is None:
@@ -198,10 +208,11 @@ class Worker:
             self._most = 1
         return self._exact
 
-    def _begin(self, name: str) -> bool:
-        work = self._patiently(lambda: self._ledger.work(name))
-        if work is None:
+    def _begin(self, name: str, token: int) -> bool:
+        found = self._patiently(lambda: self._ledger.work(name))
+        if found is None:
             return False
+        work = replace(found, token=token)
         if work.segment.hand is Hand.DISCARD:
             self._outcomes.reject(work, BY_HAND, {})
             return True
@@ -209,7 +220,7 @@ class Worker:
             making = self._patiently(lambda: self._making(work))
         except NotFound:
             # A purge may have replaced the payload, or a forget the parent, since the ledger was read.
-            if self._patiently(lambda: self._ledger.work(name)) == work:
+            if self._patiently(lambda: self._ledger.work(name)) == found:
                 raise
             return False
         except (Corrupt, Unavailable):

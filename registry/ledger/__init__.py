@@ -1,5 +1,6 @@
 """The ledger: the one ordered history of facts about each adapter, and the source of truth."""
 
+from .claiming import Claim
 from .decisions import Line, Mode
 from .leases import Fence
 from .ledger import Increment, Ledger, Work
@@ -24,6 +25,7 @@ from .sealing import Seal
 __all__ = [
     "AdapterRecord",
     "Cause",
+    "Claim",
     "Fact",
     "Fence",
     "Forget",

@@ -16,7 +16,7 @@ from riverdelta.core.errors import Corrupt, Refused, Unavailable
 from .tables import metadata
 
 MIGRATIONS = Path(__file__).with_name("migrations")
-NEWEST = "0003"  # the last revision in migrations/versions
+NEWEST = "0005"  # the last revision in migrations/versions
 
 
 class Database:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from riverdelta.core.errors import NotFound
-from riverdelta.core.telemetry import now
+from riverdelta.core.telemetry import later, now
 
 from . import tables as t
 from .journal import Journal
@@ -71,6 +71,12 @@ class Leases(Journal):
         query = sa.select(t.leases).order_by(t.leases.c.holder)
         with self.db.read() as c:
             return [lease_of(row) for row in c.execute(query.where(t.leases.c.kind.in_(kinds)) if kinds else query)]
+
+    def count_live(self, kind: str) -> int:
+        """How many holders of a kind have renewed lately, by those that have."""
+        leases = self.leases((kind,))
+        newest = max((lease.renewed_at for lease in leases), default="")
+        return sum(later(lease.renewed_at, 2 * lease.ttl) >= newest for lease in leases)
 
     def fences(self, after: int) -> list[Fence]:
         """The fences after a number, in order."""

@@ -15,6 +15,7 @@ from riverdelta.core.telemetry import now
 
 from . import decisions
 from . import tables as t
+from .claims import Claims
 from .database import Database
 from .decisions import Change
 from .forgetting import Forgetting
@@ -38,18 +39,21 @@ class Increment:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[PartRecord, ...] = ()
     withheld: str = ""
+    token: int = 0
 
 
 @dataclass(frozen=True)
 class Work:
-    """The next increment of an adapter: train `segment` on `parent` (None is the base) at `epoch`."""
+    """The next increment of an adapter: train `segment` on `parent` (None is the base) at `epoch`. `token` is that of
+    the claim under which it is done."""
 
     adapter: AdapterRecord
     segment: SegmentRecord
     parent: VersionRecord | None
+    token: int = 0
 
 
-class Ledger(Sealing, Forgetting):
+class Ledger(Sealing, Claims, Forgetting):
     """Every fact about every adapter. Safe to use from several threads and processes."""
 
     @classmethod
@@ -214,6 +218,7 @@ class Ledger(Sealing, Forgetting):
         `Conflict` when the ledger has moved on since the work began. `look` is called last, as in `seal`."""
         with self.db.write() as c:
             adapter = self._adapter(c, increment.adapter, lock=True)
+            self._check_claim(c, adapter.name, increment.token)
             segment = self._segment(c, adapter.name, increment.segment)
             first = self._first_awaiting(c, adapter.name)
             change = decisions.decide_increment(
@@ -266,10 +271,12 @@ class Ledger(Sealing, Forgetting):
         note: str,
         actor: str,
         metrics: Mapping[str, Any] | None = None,
+        token: int = 0,
     ) -> None:
         """Record that a segment was not learned, why, and what was measured."""
         with self.db.write() as c:
             head = self._adapter(c, adapter, lock=True)
+            self._check_claim(c, adapter, token)
             found, first = self._segment(c, adapter, segment), self._first_awaiting(c, adapter)
             change = decisions.decide_set_aside(head, found, first, epoch, parent, cause, note, metrics or {})
             self._apply(c, head, change, actor, "")

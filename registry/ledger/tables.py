@@ -157,6 +157,16 @@ leases = Table(
     Column("renewed_at", String(32), nullable=False),
 )
 
+# Which trainer works on an adapter: a lease on the ledger's clock, with a token that only grows.
+claims = Table(
+    "claims",
+    metadata,
+    Column("adapter", String(63), ForeignKey("adapters.name"), primary_key=True),
+    Column("holder", String(128), nullable=False),
+    Column("token", BigInteger, nullable=False),
+    Column("expires", Float, nullable=False),
+)
+
 forgets = Table(
     "forgets",
     metadata,

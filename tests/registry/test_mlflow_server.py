@@ -40,7 +40,8 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL, workers included."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
@@ -83,7 +84,7 @@ def test_a_server_shows_the_ledger_and_is_purged(tmp_path: Path, server: Server)
 
 @pytest.mark.soak
 def test_a_server_that_goes_away_is_caught_up_with(
-    tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Versions are made and a subject is fenced meanwhile; the keeper says that MLflow is behind, and ends what it
     began when it is back."""
@@ -108,7 +109,7 @@ def test_a_server_that_goes_away_is_caught_up_with(
         server.kill()
         stack.seal("acme", [("bob", "another")])
         stack.train("acme")
-        assert wait(lambda: "MLflow is behind" in caplog.text, 60)
+        assert wait(lambda: "MLflow is behind" in capfd.readouterr().err, 60)
         forget = operations.forget(stack.ledger, settings, "ann", ["acme"], actor="op").forget
         stack.train("acme")
         assert wait(lambda: stack.ledger.forget_of(forget.id).stage is Stage.REBUILT, 60)

@@ -1,5 +1,6 @@
 """The worker on a real ledger: work becomes versions, and what a forget or a rollback overtakes is refused."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 
 from riverdelta.core.store import state_key, weights_key
 from riverdelta.registry.ledger import Cause, Outcome
+from riverdelta.trainer import claims
 from riverdelta.trainer.base import Base
+from riverdelta.trainer.increment import step
 from riverdelta.trainer.worker import Worker
 from tests.trainer.samples import contents, fact, recipe
 from tests.trainer.stack import Stack
@@ -152,3 +155,60 @@ def test_a_fence_is_acknowledged_only_after_what_it_touches_is_dropped(stack: St
     trainer._lease._due = 0.0
     trainer.turn()
     assert stack.ledger.unacknowledged(fence, ("trainer",)) == []
+
+
+def test_an_outcome_under_a_lost_claim_is_refused(stack: Stack, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "SECONDS", 0.0)
+    monkeypatch.setattr(claims, "_BEAT_SECONDS", 3600.0)  # asleep: it does not hear that it has lost it
+    stack.create("acme", recipe())
+    stack.create("bob", recipe())
+    stack.seal("acme", [fact(1), fact(2)], ["ann", "bob"])
+    stack.seal("bob", [fact(1), fact(2)], ["ann", "bob"])
+    trainer = worker(stack, base)
+    trainer.turn()
+    assert stack.ledger.claim(["acme"], "another", 3600.0, 1) == {"acme": 2}
+    settle(trainer)
+    assert stack.ledger.versions("acme") == {}
+    assert [stack.store.exists(weights_key(v.digest)) for v in stack.ledger.versions("bob").values()] == [True]
+    assert len(list(stack.store.keys("weights"))) == 1
+    stack.ledger.end_claims({"acme": 2}, "another")
+    settle(trainer)
+    assert [v.segment for v in stack.ledger.versions("acme").values()] == [1]
+    trainer.close()
+
+
+def test_a_step_that_takes_long_loses_no_claim(stack: Stack, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "SECONDS", 1.0)
+    monkeypatch.setattr(claims, "_BEAT_SECONDS", 0.1)
+    stack.create("acme", recipe())
+    stack.seal("acme", [fact(1), fact(2)], ["ann", "bob"])
+    trainer = worker(stack, base)
+    taken: list[dict[str, int]] = []
+
+    def slow(*given: object) -> None:
+        time.sleep(2.0)
+        taken.append(stack.ledger.claim(["acme"], "another", 3600.0, 1))
+        step(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("riverdelta.trainer.worker.step", slow)
+    trainer.turn()
+    assert taken == [{}]
+    trainer.close()
+    assert stack.ledger.claim(["acme"], "another", 3600.0, 1) == {"acme": 2}
+
+
+def test_trainers_share_what_waits(stack: Stack, base: Base) -> None:
+    names = [f"a{number}" for number in range(6)]
+    for name in names:
+        stack.create(name, recipe())
+        stack.seal(name, [fact(1), fact(2)], ["ann", "bob"])
+    one, other = (stack.worker(base, f"trainer-{each}") for each in "ab")
+    one.turn()
+    other.turn()
+    holders = {claim.adapter: claim.holder for claim in stack.ledger.claims()}
+    assert holders == {name: f"trainer-{'a' if place < 3 else 'b'}" for place, name in enumerate(names)}
+    settle(one)
+    settle(other)
+    assert [stack.ledger.adapter(name).release for name in names] == [1] * 6
+    one.close()
+    other.close()
