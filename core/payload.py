@@ -185,4 +185,4 @@ def _lock(names: Mentions, slot_of: dict[str, int], keys: bytes) -> AESGCM:
 
 def _nonce(first: bytes, number: int) -> bytes:
     """A box's nonce: the payload's random one, and the box's number in its last bytes (as in TLS 1.3)."""
-    return (int.from_bytes(first, "big") ^ number).to_bytes(_NONCE_BYTES, "big")
+    return first[:-4] + (int.from_bytes(first[-4:], "big") ^ number).to_bytes(4, "big")

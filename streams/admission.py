@@ -301,7 +301,7 @@ class Admission:
             parts.append((left, trigger or "age"))
         if parts and not self._ordered:  # only the whole is sure to be all that lies below some offset
             parts = [(len(self.open), parts[-1][1])]
-        return self._drafts(parts)
+        return self._drafts(parts) if parts else []
 
     def _is_behind(self, reached: Mapping[Where, int]) -> bool:
         return any(reached[where] < loaded for where, loaded in self._loaded.items() if where in reached)

@@ -99,6 +99,7 @@ class Sealing(Journal):
             return
         c.execute(_ADD_SEGMENTS, batch.segments)
         if batch.mentions:
+            batch.mentions.sort()  # in the order of their tree, a page of it is met once
             self.db.append(c, t.mentions, batch.mentions)
         if batch.moved:
             rows = [
