@@ -132,6 +132,16 @@ class Gate(Struct, frozen=True, forbid_unknown_fields=True):
     questions: tuple[Question, ...] = ()
 
 
+class Drift(Struct, frozen=True, forbid_unknown_fields=True):
+    """What follows when the losses of entries before they are learned rise, as the gate measures them.
+
+    `delta` is the chance that it only seems so (0: nobody looks); the next increment takes `boost` times the passes.
+    """
+
+    delta: Annotated[float, Meta(ge=0, lt=1)] = 0.002
+    boost: Annotated[float, Meta(ge=1, le=10)] = 2.0
+
+
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     """A recipe. `seed` and the adapter's name together seed every draw."""
 
@@ -139,6 +149,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     optimiser: Optimiser = Optimiser()
     training: Training = Training()
     gate: Gate = Gate()
+    drift: Drift = Drift()
     curate: Curate = Curate()
     feedback: FeedbackPolicy = FeedbackPolicy()
     shards: Shards = Shards()

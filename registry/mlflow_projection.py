@@ -37,6 +37,7 @@ _MEASURED = (
     "earlier_before",
     "earlier_after",
     "earlier_worse",
+    "drift",
     "questions_before",
     "questions_after",
     "rejected",
@@ -258,8 +259,8 @@ def _tags(version: VersionRecord) -> dict[str, str]:
 
 
 def _curves(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics under MLflow's names: `losses` is the curve `loss`."""
-    return {("loss" if key == "losses" else key): value for key, value in metrics.items()}
+    """Metrics under MLflow's names: `losses` is the curve `loss`. What each entry's loss was is for the gate alone."""
+    return {("loss" if key == "losses" else key): value for key, value in metrics.items() if key != "new"}
 
 
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -268,7 +268,7 @@ def _forget(forget: Forget) -> dict[str, Any]:
 
 def _version(version: VersionRecord) -> dict[str, Any]:
     held = {**asdict(version), "parts": [[part.digest, part.state] for part in version.parts]}
-    held["metrics"] = {key: value for key, value in version.metrics.items() if key != "losses"}
+    held["metrics"] = {key: value for key, value in version.metrics.items() if key not in ("losses", "new")}
     return held
 
 

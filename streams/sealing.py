@@ -101,31 +101,36 @@ class Sealer:
             if not (trigger or self._flight[2].done() or self._owner.count_open() > _OPEN_AT_MOST):
                 return
             self.land()
-        idle = set() if trigger else self._idle(at)
+        early = {} if trigger else self._early(at)
         due = [
             (state, draft)
             for bucket in self._owner.buckets.values()
             for state in bucket.busy.values()
-            for draft in state.cut(at, bucket.reached, "linger" if state.name in idle else trigger)
+            for draft in state.cut(at, bucket.reached, early.get(state.name, trigger))
         ]
         if due:
             asks = [Ask(uuid.uuid4().hex, draft, draft.manifest(), draft.contents()) for _, draft in due]
             self._flight = due, asks, self._thread.submit(self._send, asks)
 
-    def _idle(self, at: float) -> set[str]:
-        """The adapters with open entries that linger, and nothing that waits to be learned; some at a time."""
+    def _early(self, at: float) -> dict[str, str]:
+        """Which adapters' open entries are sealed before they are due, some adapters at a time, and why: they linger
+        and nothing waits to be learned, or what was learned last had drifted."""
         if at < self._look_at:
-            return set()
+            return {}
         lingering = [
             state.name for bucket in self._owner.buckets.values() for state in bucket.busy.values() if state.lingers(at)
         ]
         if not lingering:
-            return set()
+            return {}
         self._look_at = at + _LOOK_SECONDS
         if len(lingering) > _LOOKED_AT:
             lingering = random.sample(lingering, _LOOKED_AT)
         behind = self._patience.until(lambda: self._ledger.behind(lingering), "reading the ledger")
-        return set(lingering) - behind
+        early = dict.fromkeys(set(lingering) - behind, "linger")
+        if behind:
+            drifting = self._patience.until(lambda: self._ledger.drifting(sorted(behind)), "reading the ledger")
+            early |= dict.fromkeys(drifting, "drift")
+        return early
 
     def land(self) -> None:
         """Wait for the batch under way, and let its adapters know what became of it."""

@@ -13,6 +13,8 @@ from riverdelta.core.digests import digest_of, sha256
 
 from .base import Base
 
+_PACKAGES = ("torch", "triton", "transformers", "peft", "datasketch", "river", "riverdelta")
+
 
 def fingerprint(base: Base) -> dict[str, str | int]:
     """Two runs with equal fingerprints give equal bits; between others, a replay is equivalent at best."""
@@ -22,7 +24,7 @@ def fingerprint(base: Base) -> dict[str, str | int]:
         "device": _device(base.device),
         "threads": base.threads,
         "dtype": base.dtype,
-        **{name: _version(name) for name in ("torch", "triton", "transformers", "peft", "datasketch", "riverdelta")},
+        **{name: _version(name) for name in _PACKAGES},
     }
 
 

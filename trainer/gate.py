@@ -18,6 +18,7 @@ from riverdelta.registry.ledger import Hand
 
 from .adapter import AdapterWeights
 from .base import Base
+from .drift import Usual, drifted
 from .increment import row_of
 from .layout import Row, spread
 from .scoring import Score, score
@@ -35,9 +36,13 @@ class Judged:
     evidence: Evidence | None = None
 
 
-def usual_of(metrics: Iterable[Mapping[str, Any]]) -> list[float]:
-    """How surprising the segments of versions were, given the versions' metrics."""
-    return [float(held["surprise"]) for held in metrics if "surprise" in held]
+def usual_of(metrics: Iterable[Mapping[str, Any]]) -> list[Usual]:
+    """What the segments of versions were, given the versions' metrics."""
+    return [
+        Usual(float(held["surprise"]), tuple(held.get("new", ())), bool(held.get("drift")))
+        for held in metrics
+        if "surprise" in held
+    ]
 
 
 class Judgeable(Protocol):
@@ -62,12 +67,13 @@ class Gate:
         seed: int,
         learner: Judgeable,
         earlier: Sequence[bytes | None],
-        usual: Sequence[float],
+        usual: Sequence[Usual],
         hand: Hand,
     ) -> None:
-        """`learner` has taken no step yet. Of `earlier`, only the sample is looked at; `usual` is the surprise of the
-        segments that the parent and its ancestors learned, in order."""
+        """`learner` has taken no step yet. Of `earlier`, only the sample is looked at; `usual` is what the
+        segments were that the parent and its ancestors learned, in order."""
         self._base, self._recipe, self._learner, self._hand = base, recipe.gate, learner, hand
+        self._drift = recipe.drift
         longest = recipe.training.max_length
         start = seed_of(seed, "gate", learner.position)
         sample = [earlier[slot] for slot in spread(len(earlier), recipe.gate.sample, start)]
@@ -90,9 +96,14 @@ class Gate:
         rows = self.rows[0]
         surprises = tuple(each.surprise for each in self._before[0])
         repetitive = sum(says_one_thing(row.answer) for row in rows) / len(rows) if rows else 0.0
-        evidence = Evidence(segment, surprises, repetitive, self._usual, earlier, questions)
+        evidence = Evidence(
+            segment, surprises, repetitive, tuple(each.surprise for each in self._usual), earlier, questions
+        )
         reason = verdict(self._recipe, evidence)
-        metrics = {**evidence.metrics(self._recipe), "rejected": int(bool(reason))}
+        metrics: dict[str, Any] = {**evidence.metrics(self._recipe), "rejected": int(bool(reason))}
+        if rows:
+            metrics["new"] = [round(loss, 6) for loss in segment.before]
+            metrics["drift"] = int(drifted(self._drift, self._usual, metrics["new"]))
         if self._hand is Hand.ACCEPT:
             reason = ""
         return Judged(reason, metrics, evidence)

@@ -15,6 +15,7 @@ from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger, SegmentRecord, VersionRecord, Work
 from riverdelta.registry.ledger.decisions import lineage
 
+from .drift import Usual
 from .gate import usual_of
 from .near import without_near_duplicates
 
@@ -102,12 +103,12 @@ class Earlier(Sequence[bytes | None]):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Contents in index order, None for tombstones, how surprising the lineage's segments were, and the parent's files,
+    """Contents in index order, None for tombstones, what the lineage's segments were, and the parent's files,
     None for what it does not have."""
 
     entries: list[bytes | None]
     earlier: Earlier
-    usual: list[float]
+    usual: list[Usual]
     weights: bytes | None
     state: bytes | None
 

@@ -21,6 +21,7 @@ from riverdelta.registry.ledger import Ledger, PartRecord, VersionRecord, Work
 
 from .adapter import AdapterWeights
 from .base import Base
+from .drift import budgeted
 from .gate import Gate, Judged, usual_of
 from .increment import Candidate, Learner, row_of
 from .inputs import Earlier, Log, files_of, learned_by, line_of, read_inputs
@@ -61,6 +62,7 @@ class Making:
         """Read what the increment is made from; `NotFound` or `Corrupt` where a store does not hold it."""
         recipe, seed = Recipe.from_dict(work.adapter.recipe), work.adapter.seed
         inputs = read_inputs(ledger, store, Log(ledger, store, keys, recipe), work)
+        recipe = budgeted(recipe, inputs.usual)
         learner = Learner(base, recipe, seed, inputs.entries, inputs.earlier, inputs.weights, inputs.state)
         gate = None
         if recipe.gate.on:
@@ -126,10 +128,11 @@ class ShardedMaking(Making):
             learned = Earlier(log, learned_by(ledger, line, shard), shard)
             own = seed_of_shard(seed, shard)
             held = files[shard] or (None, None)
-            learner = Learner(base, small, own, log.said(work.segment, shard), learned, *held)
+            usual = usual_of(version.parts[shard].metrics for version in line)
+            worth = budgeted(small, usual)
+            learner = Learner(base, worth, own, log.said(work.segment, shard), learned, *held)
             gate = None
             if small.gate.on:
-                usual = usual_of(version.parts[shard].metrics for version in line)
                 gate = Gate(base, small, own, learner, learned, usual, hand)
             self.shares.append(Share(shard, learner, gate, learned, key))
 

@@ -13,6 +13,7 @@ from riverdelta.registry.ledger import Hand
 
 from .adapter import AdapterWeights
 from .base import Base
+from .drift import Usual, budgeted
 from .gate import BY_HAND, Gate, Judged, usual_of
 from .increment import Candidate, Learner, Untrainable, row_of, step
 from .parts import Whole, join, seed_of_shard
@@ -51,7 +52,7 @@ def replay(
     several = recipe.shards.count > 1
     own = [seed_of_shard(seed, shard) for shard in range(recipe.shards.count)] if several else [seed]
     lives = [_Life(base, recipe.of_a_shard, one) for one in own]
-    standing, everything, usual = b"", list[bytes | None](), list[float]()
+    standing, everything, usual = b"", list[bytes | None](), list[Usual]()
     last = Replayed("", "", ())
     for number, entries in enumerate(segments):
         if told is not None:
@@ -92,7 +93,7 @@ class _Life:
         self._base, self._recipe, self._seed = base, recipe, seed
         self.made: Candidate | None = None
         self._earlier: list[bytes | None] = []
-        self._usual: list[float] = []
+        self._usual: list[Usual] = []
 
     @property
     def files(self) -> tuple[bytes, bytes] | None:
@@ -119,7 +120,7 @@ def _judge(
     seed: int,
     entries: Sequence[bytes | None],
     earlier: Sequence[bytes | None],
-    usual: Sequence[float],
+    usual: Sequence[Usual],
     standing: bytes,
     weights: bytes,
     hand: Hand,
@@ -142,7 +143,7 @@ def _increment(
     seed: int,
     entries: Sequence[bytes | None],
     earlier: Sequence[bytes | None],
-    usual: Sequence[float],
+    usual: Sequence[Usual],
     weights: bytes | None,
     state: bytes | None,
     hand: Hand,
@@ -150,6 +151,7 @@ def _increment(
     """The candidate, if there is one, and what the gate says."""
     if hand is Hand.DISCARD:
         return None, Judged(BY_HAND, {})
+    recipe = budgeted(recipe, usual)
     learner = Learner(base, recipe, seed, entries, earlier, weights, state)
     gate = Gate(base, recipe, seed, learner, earlier, usual, hand) if recipe.gate.on else None
     while not learner.done:

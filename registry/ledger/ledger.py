@@ -185,6 +185,17 @@ class Ledger(Sealing, Claims, Forgetting):
         with self.db.read() as c:
             return set(c.execute(sa.union(awaiting, held)).scalars())
 
+    def drifting(self, names: Sequence[str]) -> set[str]:
+        """Those of these adapters that ask for a segment early: what was learned last had drifted, and nothing that was
+        sealed for such a reason awaits its outcome."""
+        s, v, a = t.segments.c, t.versions.c, t.adapters.c
+        asked = sa.exists().where(s.adapter == a.name, s.outcome == Outcome.AWAITING, s.trigger == "drift")
+        tips = t.adapters.join(t.versions, sa.and_(v.adapter == a.name, v.number == a.tip))
+        drifted = v.metrics["drift"].as_integer() == 1
+        query = sa.select(a.name).select_from(tips).where(a.name.in_(names), a.held.is_(None), drifted, ~asked)
+        with self.db.read() as c:
+            return set(c.execute(query).scalars())
+
     def count_awaiting(self, adapter: str) -> int:
         """How many segments of an adapter await their outcome."""
         s = t.segments.c

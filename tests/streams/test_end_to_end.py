@@ -15,7 +15,7 @@ from riverdelta.core.events import MAX_EVENT_BYTES
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
-from riverdelta.registry.ledger import Cause, Ledger
+from riverdelta.registry.ledger import Cause, Increment, Ledger
 from riverdelta.streams import topics
 from riverdelta.streams.cluster import free_ports, run
 from riverdelta.streams.dead_letters import list_dead_letters, replay_dead_letters
@@ -98,6 +98,25 @@ def test_a_little_is_sealed_at_once_while_nothing_waits_to_be_learned(
         until(lambda: count(ledger) == 6)
         assert flow.stop() == 0
     assert [segment.trigger for segment in ledger.segments("ada")] == ["linger", "count", "linger"]
+
+
+def test_a_drift_asks_for_one_segment_early(settings: Settings, ledger: Ledger, tmp_path: Path) -> None:
+    ledger.create("ada", Recipe.from_dict({"seal": {"count": 4, "age": 60.0, "linger": 0.1}}), "test")
+    with flowing(settings, tmp_path) as flow:
+        publish(settings, [line(adapter="ada", text="first")])
+        until(lambda: count(ledger) == 1)
+        ledger.commit(Increment("ada", 1, 0, 0, "d" * 64, "", (1,), {}, {"drift": 1}), "test")
+        publish(settings, [line(adapter="ada", text=f"full-{n}") for n in range(4)])
+        until(lambda: count(ledger) == 5)
+        publish(settings, [line(adapter="ada", text="early")])
+        until(lambda: count(ledger) == 6)
+        publish(settings, [line(adapter="ada", text="later")])
+        for number in (2, 3):
+            assert count(ledger) == 6, "one that was asked for waits already"
+            ledger.set_aside("ada", number, 0, 1, Cause.ERROR, "", "test")
+        until(lambda: count(ledger) == 7)
+        assert flow.stop() == 0
+    assert [segment.trigger for segment in ledger.segments("ada")] == ["linger", "count", "drift", "linger"]
 
 
 @pytest.mark.apache
