@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from riverdelta.core.digests import seed_of
@@ -23,11 +23,13 @@ losses = st.lists(st.floats(0, 20), min_size=1, max_size=24)
 # -- the decision --------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.floats(0, 20), st.lists(st.integers(0, 40), max_size=12))
 def test_losses_that_stay_as_they_are_have_not_risen(loss: float, sizes: list[int]) -> None:
     assert not rose([[loss] * size for size in sizes], 0.002)
 
 
+@settings(deadline=None, max_examples=50)
 @given(losses, st.integers(5, 12), st.floats(0, 1))
 def test_what_gets_better_is_no_drift(said: list[float], many: int, share: float) -> None:
     better = [[share**turn * loss for loss in sorted(said, reverse=True)] for turn in range(many)]
@@ -35,6 +37,7 @@ def test_what_gets_better_is_no_drift(said: list[float], many: int, share: float
     assert not rose(falling, 0.002)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(0, 0.3), min_size=64, max_size=200), st.lists(st.floats(3, 20), min_size=32, max_size=64))
 def test_a_world_that_moves_is_found_in_the_segment_in_which_it_did(was: list[float], now: list[float]) -> None:
     known = [was[first : first + 16] for first in range(0, len(was), 16)]
@@ -43,6 +46,7 @@ def test_a_world_that_moves_is_found_in_the_segment_in_which_it_did(was: list[fl
     assert not rose([*known, now, []], 0.002)  # that was the one before
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(losses, min_size=1, max_size=6))
 def test_only_the_newest_segments_tell(said: list[list[float]]) -> None:
     recent = (said * RECENT)[:RECENT]
