@@ -39,7 +39,9 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
             [shard_of(entry.subjects, index, recipe.shards.count) for index, entry in enumerate(some, segment.first)]
             for segment, some in zip(segments, entries, strict=True)
         ]
-        made = replay(base, recipe, head.seed, said, hands=hands, shards=shards)[-1].digest
+        made = replay(
+            base, recipe, head.seed, said, hands=hands, shards=shards, numbers=[segment.number for segment in segments]
+        )[-1].digest
         done.append(
             {
                 "version": f"{name}@{number}",

@@ -38,6 +38,7 @@ class Plan:
     recipe: dict[str, Any]
     seed: int
     segments: tuple[tuple[Place, ...], ...]
+    numbers: tuple[int, ...]
     hands: tuple[Hand, ...]
     indexes: dict[Place, int]
     allowed: dict[str, int]  # per keyed hash of a subject, the index from which it may be learned again
@@ -98,6 +99,7 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
         head.recipe,
         head.seed,
         segments,
+        tuple(numbers),
         tuple(ledger.segment(adapter, each).hand for each in numbers),
         {at: first + i for first, places in zip(firsts, segments, strict=True) for i, at in enumerate(places)},
         allowed,
@@ -153,6 +155,7 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
             ]
             for segment in wanted.segments
         ],
+        wanted.numbers,
     )
     return Result(
         wanted.adapter,

@@ -60,6 +60,17 @@ class Shards(Struct, frozen=True, forbid_unknown_fields=True):
     count: Annotated[int, Meta(ge=1, le=64)] = 1
 
 
+class Retain(Struct, frozen=True, forbid_unknown_fields=True):
+    """What `gc` keeps of the past. A forget reaches back `horizon` segments (0: to the beginning), and so does
+    rehearsal; one that would reach further makes the adapter anew of what remains (`rebuild`), or ends it (`retire`).
+    One in `every` versions keeps its files as a clean state, and so do the newest `targets`."""
+
+    horizon: Annotated[int, Meta(ge=0)] = 0
+    beyond: Literal["rebuild", "retire"] = "rebuild"
+    every: Positive = 1
+    targets: Positive = 8
+
+
 class Seal(Struct, frozen=True, forbid_unknown_fields=True):
     """A segment is sealed at `count` entries, or when its oldest open entry is `age` seconds old; while nothing of the
     adapter waits to be learned, when it is `linger` seconds old (as Nagle's algorithm: small ones, but never two)."""
@@ -153,6 +164,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     curate: Curate = Curate()
     feedback: FeedbackPolicy = FeedbackPolicy()
     shards: Shards = Shards()
+    retain: Retain = Retain()
     seal: Seal = Seal()
     seed: Annotated[int, Meta(ge=0)] = 0
 
@@ -163,13 +175,17 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def of_a_shard(self) -> "Recipe":
-        """What one shard trains by: its share of the rank, at the scale of the whole."""
-        count = self.shards.count
+        """What one shard trains by: its share of the rank, at the scale of the whole; it rehearses less where its share
+        of a segment does not fill a micro-batch, so that all shards together take no more tokens than one would."""
+        count, training = self.shards.count, self.training
         if count == 1:
             return self
         alpha = self.lora.alpha / (count**0.5 if self.lora.rslora else count)
         lora = msgspec.structs.replace(self.lora, rank=self.lora.rank // count, alpha=alpha)
-        return msgspec.structs.replace(self, lora=lora, shards=Shards())
+        filled = min(training.micro_batch, -(-self.seal.count // count))
+        rehearse = -(-training.rehearse * filled // training.micro_batch)
+        training = msgspec.structs.replace(training, rehearse=rehearse)
+        return msgspec.structs.replace(self, lora=lora, training=training, shards=Shards())
 
     @property
     def digest(self) -> str:
@@ -179,8 +195,10 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in the ledger."""
         held: dict[str, Any] = msgspec.to_builtins(self)
-        if self.shards == Shards():  # the digests of recipes from before there were any stay what they were
-            del held["shards"]
+        # The digests of recipes from before there were these stay what they were.
+        for name, default in (("shards", Shards()), ("retain", Retain())):
+            if getattr(self, name) == default:
+                del held[name]
         return held
 
     @classmethod

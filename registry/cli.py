@@ -467,7 +467,7 @@ def gc(
     config: Config = None,
     data: Data = None,
 ) -> None:
-    """Delete what crashes left in the object store and the key store; nothing that the ledger names is touched."""
+    """Let go of what recipes keep no longer, and delete what crashes left in the object store and the key store."""
     from riverdelta.core.printing import print_json
     from riverdelta.core.store import ObjectStore
 
@@ -477,9 +477,12 @@ def gc(
     with _ledger(config, data) as (settings, ledger):
         found = collect(ledger, ObjectStore(settings.store_url), KeyStore.open(settings), grace * 3600, dry)
         if as_json:
-            print_json({"deleted": found.deleted, "young": found.young, "dry_run": dry})
+            print_json({"deleted": found.deleted, "young": found.young, "dropped": found.dropped, "dry_run": dry})
         else:
             did = "would go" if dry else "deleted"
+            for name, gone in found.dropped.items():
+                counts = f"{len(gone['versions'])} versions and the contents of {len(gone['segments'])} segments"
+                typer.echo(f"{name}: {counts} are kept no longer.")
             typer.echo(f"{len(found.deleted)} objects {did}, {len(found.young)} are too young to be sure of.")
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from riverdelta.core import merkle, payload
-from riverdelta.core.errors import Corrupt
+from riverdelta.core.errors import Corrupt, NotFound
 from riverdelta.core.store import ObjectStore
 
 from .keystore import KeyStore
@@ -43,6 +43,11 @@ def read(ledger: Ledger, store: ObjectStore, keys: KeyStore, segment: SegmentRec
 
 def read_openings(store: ObjectStore, keys: KeyStore, segment: SegmentRecord, manifest: Manifest) -> list[bytes | None]:
     """The same, each content behind its salt: what opens the commitment that the manifest holds."""
+    if segment.dropped:
+        raise NotFound(
+            f"Segment {segment.number} of {segment.adapter} lies beyond the forget horizon: its contents are gone.",
+            "The recipe's `retain.horizon` says how far back they are kept.",
+        )
     if len(manifest.entries) != segment.count:
         raise Corrupt(
             f"Segment {segment.number} of {segment.adapter} has {segment.count} entries, its manifest "

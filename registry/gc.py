@@ -1,4 +1,5 @@
-"""Collect what nothing names: payloads, keys and weights that a crash or a refused commit left in the stores."""
+"""Collect what nothing names: payloads, keys and weights that a crash or a refused commit left in the stores, or that
+a recipe keeps no longer."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,10 +15,12 @@ FOLDERS = ("segments/", "weights/", "states/")
 
 @dataclass(frozen=True)
 class Collected:
-    """Keys deleted, and keys that nothing names but that are too young to be sure of."""
+    """Keys deleted, keys that nothing names but that are too young to be sure of, and per adapter the versions whose
+    files, and the segments whose contents, its recipe keeps no longer."""
 
     deleted: list[str]
     young: list[str]
+    dropped: dict[str, dict[str, list[int]]]
 
 
 def unnamed(ledger: Ledger, store: ObjectStore, keys: KeyStore) -> dict[str, datetime]:
@@ -38,15 +41,17 @@ def delete(store: ObjectStore, keys: KeyStore, name: str) -> None:
 
 
 def collect(ledger: Ledger, store: ObjectStore, keys: KeyStore, grace: float, dry: bool = False) -> Collected:
-    """Delete what nothing names and is older than `grace` seconds.
+    """Let go of what adapters' recipes keep no longer, and delete what nothing names and is older than `grace` seconds.
 
     What a segment or an unpurged version names is never touched: releases, rollback targets, pending forgets and
     rebuilds need nothing else. Writers look again after `written.SURE_SECONDS`: with less grace, stop them first.
     """
+    changes = {name: ledger.retain(name, "gc", dry) for name in sorted(ledger.heads())}
+    dropped = {name: change.facts[0][1] for name, change in changes.items() if change is not None}
     limit = datetime.now(UTC).timestamp() - grace
     found = unnamed(ledger, store, keys)
     deleted = sorted(key for key, at in found.items() if at.timestamp() <= limit)
     if not dry:
         ledger.delete_unnamed(deleted, partial(delete, store, keys))
         store.drop_drafts(grace)
-    return Collected(deleted, sorted(found.keys() - set(deleted)))
+    return Collected(deleted, sorted(found.keys() - set(deleted)), dropped)

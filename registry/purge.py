@@ -142,7 +142,8 @@ class Purge:
             for number in part["segments"]:
                 segment = self._ledger.segment(part["adapter"], number)
                 manifest = self._ledger.manifest(part["adapter"], number)
-                payloads.append({"adapter": segment.adapter, "segment": number, "was": segment.payload})
+                if not segment.dropped:
+                    payloads.append({"adapter": segment.adapter, "segment": number, "was": segment.payload})
                 leaves = manifest.commitments
                 segments.append(
                     {

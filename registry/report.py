@@ -93,6 +93,7 @@ def print_adapter(ledger: Ledger, name: str, as_json: bool) -> None:
         table = _table("version", "digest", "parent", "segment", "new", "loss", "made", "")
         for version in versions.values():
             told = "revoked" if version.revoked else "live" if version.number == head.release else ""
+            told = told or ("dropped" if version.purged else "")
             told = told or (f"withheld: {version.withheld}" if version.withheld else "")
             told += _refusals(version)
             parent = f"@{version.parent}" if version.parent else "base"
@@ -330,6 +331,8 @@ def _told(fact: Fact) -> str:
             return f"forget: {entries} entries erased, versions revoked: {revoked} ({body['request']})"
         case "forget_stage":
             return f"forget {body['stage']} ({body['request']})"
+        case "dropped":
+            return f"kept no longer: versions {_numbers(body['versions'])}; contents of {_numbers(body['segments'])}"
         case "allow":
             return f"a subject may be learned again from index {body['index']}"
         case _:

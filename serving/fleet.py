@@ -111,11 +111,9 @@ class Fleet:
                 record = self._ledger.version(adapter, number)
             except NotFound as error:
                 raise ModelNotFound(f"{adapter}@{number}") from error
-            if record.revoked or record.purged:
-                raise VersionGone(
-                    f"{adapter}@{number} is revoked: it saw what was since forgotten.",
-                    f"Ask for {adapter}, its release.",
-                )
+            if not record.usable:
+                why = "is revoked: it saw what was since forgotten" if record.revoked else "is kept no longer"
+                raise VersionGone(f"{adapter}@{number} {why}.", f"Ask for {adapter}, its release.")
             self._reinstate({record.digest})
             with self._lock:
                 self._versions[adapter, number] = record

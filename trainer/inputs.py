@@ -27,10 +27,14 @@ class Log:
     """One adapter's entries, as a whole and shard by shard."""
 
     def __init__(self, ledger: Ledger, store: ObjectStore, keys: KeyStore, recipe: Recipe) -> None:
-        self.count = recipe.shards.count
+        self.count, self._horizon = recipe.shards.count, recipe.retain.horizon
         self._ledger, self._store, self._keys, self._alike = ledger, store, keys, recipe.curate.alike
         self._held: dict[int, list[bytes | None]] = {}
         self._shared: dict[int, list[list[int]]] = {}
+
+    def since(self, segment: SegmentRecord) -> int:
+        """The first segment that an increment of this one may still look at."""
+        return segment.number - self._horizon if self._horizon else 0
 
     def places(self, segment: SegmentRecord, shard: int | None) -> Sequence[int]:
         """Where in a segment a shard's entries are; all places for None."""
@@ -121,12 +125,15 @@ def line_of(ledger: Ledger, work: Work) -> list[VersionRecord]:
     return [versions[number] for number in reversed(lineage(versions, work.parent.number))]
 
 
-def learned_by(ledger: Ledger, line: Sequence[VersionRecord], shard: int | None = None) -> list[SegmentRecord]:
-    """The segments that a line, or one shard in it, has learned, in that order."""
+def learned_by(
+    ledger: Ledger, line: Sequence[VersionRecord], since: int, shard: int | None = None
+) -> list[SegmentRecord]:
+    """The segments that a line, or one shard in it, has learned, in that order, from the number `since` on."""
     return [
         ledger.segment(version.adapter, version.segment)
         for place, version in enumerate(line)
         if version.segment is not None
+        and version.segment >= since
         and (shard is None or version.parts[shard].key != (line[place - 1].parts[shard].key if place else ""))
     ]
 
@@ -143,7 +150,9 @@ def read_inputs(ledger: Ledger, store: ObjectStore, log: Log, work: Work) -> Inp
     line = line_of(ledger, work)
     usual = usual_of(version.metrics for version in line)
     weights, state = files_of(store, line[-1]) if line else (None, None)
-    return Inputs(log.said(work.segment), Earlier(log, learned_by(ledger, line)), usual, weights, state)
+    return Inputs(
+        log.said(work.segment), Earlier(log, learned_by(ledger, line, log.since(work.segment))), usual, weights, state
+    )
 
 
 def _checked(data: bytes, digest: str) -> bytes:

@@ -106,7 +106,8 @@ class ShardedMaking(Making):
         self._recipe, self._segment = Recipe.from_dict(work.adapter.recipe), work.segment.number
         self._log = log = Log(ledger, store, keys, self._recipe)
         self._line = line = line_of(ledger, work)
-        self._everything = Earlier(log, learned_by(ledger, line))
+        since = log.since(work.segment)
+        self._everything = Earlier(log, learned_by(ledger, line, since))
         before = [PartRecord() for _ in range(log.count)]
         files: list[Files | None] = [None] * log.count
         if line:
@@ -125,7 +126,7 @@ class ShardedMaking(Making):
             key = key_of(shaped_by, before[shard].key, self._segment, hand, live)
             if self._take(shard, key, earlier_lines, found):
                 continue
-            learned = Earlier(log, learned_by(ledger, line, shard), shard)
+            learned = Earlier(log, learned_by(ledger, line, since, shard), shard)
             own = seed_of_shard(seed, shard)
             held = files[shard] or (None, None)
             usual = usual_of(version.parts[shard].metrics for version in line)

@@ -41,29 +41,32 @@ def replay(
     told: Told | None = None,
     hands: Sequence[Hand] = (),
     shards: Sequence[Sequence[int]] = (),
+    numbers: Sequence[int] = (),
 ) -> list[Replayed]:
     """Train `segments` in order, each a list of contents in index order with None for tombstones.
 
     `told` hears (segments done, segments) before each; `hands` are people's decisions about them, none by default;
-    `shards` says of every entry to which shard it belongs, where the recipe has several. The gate's decisions are not
+    `shards` says of every entry to which shard it belongs, where the recipe has several, and `numbers` which segments
+    they are, where they are not all there were. The gate's decisions are not
     given: they are taken again. A parent that is still the base has empty digests.
     """
     done: list[Replayed] = []
     several = recipe.shards.count > 1
     own = [seed_of_shard(seed, shard) for shard in range(recipe.shards.count)] if several else [seed]
     lives = [_Life(base, recipe.of_a_shard, one) for one in own]
-    standing, everything, usual = b"", list[bytes | None](), list[Usual]()
+    standing, everything, usual = b"", _Past(recipe), list[Usual]()
     last = Replayed("", "", ())
     for number, entries in enumerate(segments):
         if told is not None:
             told(number, len(segments))
         hand = hands[number] if hands else Hand.NONE
+        called = numbers[number] if numbers else number + 1
         where = shards[number] if several else [0] * len(entries)
         refusals, learned = list[str](), False
         for shard, life in enumerate(lives):
             mine = [entry for entry, at in zip(entries, where, strict=True) if at == shard]
             if mine or not several:
-                refusal = life.learn(mine, hand)
+                refusal = life.learn(mine, hand, called)
                 refusals += [refusal] if refusal else []
                 learned = learned or not refusal
         if not learned:
@@ -76,14 +79,33 @@ def replay(
         else:
             joined = join(base, recipe, seed, [life.files for life in lives])
             last = Replayed(joined.digest, joined.state_digest, ())
-            withheld, metrics = _judge(base, recipe, seed, entries, everything, usual, standing, joined.weights, hand)
+            withheld, metrics = _judge(
+                base, recipe, seed, entries, everything.before(called), usual, standing, joined.weights, hand
+            )
             if not withheld:
                 standing = joined.weights
                 usual += usual_of([metrics])
             last = replace(last, withheld=withheld)
-        everything += entries
+        everything.add(called, entries)
         done.append(last)
     return done
+
+
+class _Past:
+    """What has been learned, of which an increment sees what lies within the horizon."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._horizon = recipe.retain.horizon
+        self._held: list[tuple[int, Sequence[bytes | None]]] = []
+
+    def add(self, number: int, entries: Sequence[bytes | None]) -> None:
+        """A segment has been learned."""
+        self._held.append((number, entries))
+
+    def before(self, number: int) -> list[bytes | None]:
+        """What an increment of this segment may look at."""
+        since = number - self._horizon if self._horizon else 0
+        return [entry for at, entries in self._held if at >= since for entry in entries]
 
 
 class _Life:
@@ -92,7 +114,7 @@ class _Life:
     def __init__(self, base: Base, recipe: Recipe, seed: int) -> None:
         self._base, self._recipe, self._seed = base, recipe, seed
         self.made: Candidate | None = None
-        self._earlier: list[bytes | None] = []
+        self._earlier = _Past(recipe)
         self._usual: list[Usual] = []
 
     @property
@@ -100,16 +122,17 @@ class _Life:
         """Weights and state, once there are any."""
         return None if self.made is None else (self.made.weights, self.made.state)
 
-    def learn(self, entries: Sequence[bytes | None], hand: Hand) -> str:
+    def learn(self, entries: Sequence[bytes | None], hand: Hand, number: int) -> str:
         """Learn a segment, or say why not."""
+        earlier = self._earlier.before(number)
         weights, state = self.files or (None, None)
         made, judged = _increment(
-            self._base, self._recipe, self._seed, entries, self._earlier, self._usual, weights, state, hand
+            self._base, self._recipe, self._seed, entries, earlier, self._usual, weights, state, hand
         )
         if made is None:
             return judged.rejected
         self._usual += usual_of([judged.metrics])
-        self._earlier += entries
+        self._earlier.add(number, entries)
         self.made = made
         return ""
 

@@ -8,21 +8,26 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from riverdelta.core.errors import BadInput, Conflict, NotFound, Refused, StaleEpoch
+from riverdelta.core.recipe import Recipe
 
 from .records import AdapterRecord, Cause, Hand, Outcome, SegmentRecord, VersionRecord
 
 Versions = Mapping[int, VersionRecord]
 _REJECTED = (Cause.GATE, Cause.ERROR)
+_RETIRED = "Retired: a forget reached beyond the horizon."
+_BEYOND = "Beyond the forget horizon: its contents are gone."
 
 
 @dataclass(frozen=True)
 class Change:
-    """The adapter's next head, the segments and versions that change with it, and the facts that say so."""
+    """The adapter's next head, the segments and versions that change with it, and the facts that say so. `dropped`
+    versions lose their files."""
 
     adapter: AdapterRecord
     facts: tuple[tuple[str, dict[str, Any]], ...]
     segments: tuple[SegmentRecord, ...] = ()
     revoked: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
 
 
 def lineage(versions: Versions, number: int) -> list[int]:
@@ -35,11 +40,11 @@ def lineage(versions: Versions, number: int) -> list[int]:
 
 
 def newest_clean(versions: Versions, number: int, dirty: Iterable[int] = ()) -> int:
-    """The newest of a version and its ancestors that is neither revoked nor dirty; 0 when none is."""
+    """The newest of a version and its ancestors that is neither revoked nor dirty and has its files; 0 when none."""
     dirty = set(dirty)
     for candidate in lineage(versions, number):
         # A clean version cannot have a dirty ancestor, so the first clean one is clean all the way down.
-        if candidate not in dirty and not versions[candidate].revoked:
+        if candidate not in dirty and versions[candidate].usable:
             return candidate
     return 0
 
@@ -188,6 +193,8 @@ def releasable(adapter: AdapterRecord, versions: Versions, number: int) -> str:
         raise NotFound(f"{adapter.name} has no version {number}.", hint)
     if versions[number].revoked:
         raise Refused(f"{adapter.name}@{number} is revoked: it saw what was since forgotten.", hint)
+    if versions[number].purged:
+        raise Refused(f"{adapter.name}@{number} has been dropped, as its recipe's `retain` says.", hint)
     return versions[number].digest
 
 
@@ -278,6 +285,8 @@ def decide_resume(adapter: AdapterRecord, versions: Versions, segments: Iterable
 
 
 def _awaiting(segment: SegmentRecord) -> SegmentRecord:
+    if segment.dropped:
+        return segment.outcome_as(Outcome.SET_ASIDE, cause=Cause.LEFT, note=_BEYOND)
     return segment.outcome_as(Outcome.AWAITING)
 
 
@@ -306,7 +315,7 @@ def _longest_clean(versions: Versions, left: Line, ends: Iterable[int]) -> int:
         here = Line.of(versions, number)
         steps = sorted(here.segments)
         along = here.root == left.root and steps == wanted[: len(steps)]
-        if along and len(steps) > length and not versions[number].revoked:
+        if along and len(steps) > length and versions[number].usable:
             found, length = number, len(steps)
     return found
 
@@ -340,9 +349,12 @@ def decide_by_hand(
     differs = trained if hand is Hand.DISCARD else not wholly
     if differs and segment.outcome is not Outcome.AWAITING:
         learned = segment.version if segment.outcome is Outcome.TRAINED else None
-        tip = versions[learned].parent if learned else segment.version or 0
-        again = {each for each in Line.of(versions, adapter.tip).segments if each >= number}
+        tip = newest_clean(versions, versions[learned].parent if learned else segment.version or 0)
+        kept = Line.of(versions, tip).segments
+        again = {each for each in Line.of(versions, adapter.tip).segments if each >= number or each not in kept}
         again |= {e.number for e in segments if e.number >= number and e.cause in _REJECTED and e.version is not None}
+        if any(each.dropped for each in segments if each.number in again):
+            raise Refused(f"Segment {number} of {adapter.name} lies beyond the forget horizon.", "It stays as it is.")
         if learned in lineage(versions, release):
             release = tip
     body = {
@@ -385,8 +397,9 @@ def decide_forget(
     did not, and let what was learned since await its rebuild. `about` joins the fact.
 
     Operators' acts stay: a held release is held at the version that the rebuild makes of it, and a decision
-    (a gate's, an error's) that was taken on a revoked parent is taken again. Where nothing is touched, only the epoch
-    moves: entries that are not sealed yet may be the subject's.
+    (a gate's, an error's) that was taken on a revoked parent is taken again. What lies beyond the horizon cannot be
+    learned again: it is left out of the rebuild, or the adapter is retired, held at the base, as its recipe says. Where
+    nothing is touched, only the epoch moves: entries that are not sealed yet may be the subject's.
     """
     touched = set(touched)
     dirty = dirty_versions(versions, touched) if touched else set()
@@ -398,8 +411,14 @@ def decide_forget(
     for segment in segments:
         # `touched` holds here even on a clean parent: the content that the decision used has changed.
         stands = segment.cause in _REJECTED and segment.version is not None
-        if segment.number in rebuild or (stands and (segment.version in dirty or segment.number in touched)):
-            changed.append(_awaiting(segment))
+        if segment.number in rebuild or (stands and (segment.version in gone or segment.number in touched)):
+            changed.append(segment)
+    lost = any(segment.dropped for segment in changed)
+    if retired := lost and Recipe.from_dict(adapter.recipe).retain.beyond == "retire":
+        tip = release = 0
+        changed = [segment.outcome_as(Outcome.SET_ASIDE, cause=Cause.LEFT, note=_RETIRED) for segment in segments]
+    else:
+        changed = [_awaiting(segment) for segment in changed]
     revoked = tuple(sorted(v for v in dirty if not versions[v].revoked))
     body = {
         **about,
@@ -409,9 +428,10 @@ def decide_forget(
         "revoked": list(revoked),
         "from": adapter.release,
         "to": release,
-        "rebuild": [segment.number for segment in changed],
+        "rebuild": [segment.number for segment in changed if segment.outcome is Outcome.AWAITING],
+        **({"retired": True} if retired else {}),
     }
-    held = None if adapter.held is None else tip
+    held = tip if adapter.held is not None or retired else None
     return Change(
         replace(adapter, epoch=adapter.epoch + 1, tip=tip, release=release, held=held),
         (("forget", body),),

@@ -324,7 +324,7 @@ class Forgetting(Lending):
         """Weights and state digests that some version still needs."""
         v = t.versions.c
         with self.db.read() as c:
-            rows = c.execute(sa.select(v.digest, v.state).where(v.revoked.is_(False)))
+            rows = c.execute(sa.select(v.digest, v.state).where(v.revoked.is_(False), v.purged.is_(False)))
             return frozenset(digest for row in rows for digest in row if digest)
 
     def named_objects(self) -> frozenset[str]:
@@ -348,8 +348,8 @@ class Forgetting(Lending):
         gone = v.revoked if but_revoked else v.purged
         rows = list(c.execute(sa.select(v.digest, v.state).where(gone.is_(False))))
         return frozenset(
-            {row.payload for row in segments}
-            | {f"keys/{row.keyring}" for row in segments}
+            {row.payload for row in segments if row.payload}
+            | {f"keys/{row.keyring}" for row in segments if row.payload}
             | {weights_key(row.digest) for row in rows}
             | {state_key(row.state) for row in rows if row.state}
         )

@@ -115,10 +115,17 @@ class Journal:
                 }
                 for segment in change.segments
             ]
+            for segment in change.segments:
+                if segment.dropped:
+                    s = t.segments.c
+                    gone = t.segments.update().where(s.adapter == before.name, s.number == segment.number)
+                    c.execute(gone.values(payload=""))
             c.execute(_MOVE_SEGMENTS, [{"adapter_": before.name, **move} for move in moves])
         v = t.versions.c
         for chunk in chunks(change.revoked):
             c.execute(t.versions.update().where(v.adapter == before.name, v.number.in_(chunk)).values(revoked=True))
+        for chunk in chunks(change.dropped):
+            c.execute(t.versions.update().where(v.adapter == before.name, v.number.in_(chunk)).values(purged=True))
         where = (t.facts.c.adapter == before.name, t.facts.c.seq == before.head)
         chain = c.execute(sa.select(t.facts.c.chain).where(*where)).scalar() or ""
         c.execute(t.facts.insert(), fact_rows(before, chain, change.facts, now(), actor, reason))

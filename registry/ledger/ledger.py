@@ -20,6 +20,7 @@ from .database import Database
 from .decisions import Change
 from .forgetting import Forgetting
 from .records import AdapterRecord, Cause, Fact, Gap, Hand, Manifest, Outcome, PartRecord, SegmentRecord, VersionRecord
+from .retention import decide_retention
 from .rows import adapter_of, fact_of, segment_of, version_of, version_row
 from .sealing import Sealing
 
@@ -397,6 +398,19 @@ class Ledger(Sealing, Claims, Forgetting):
                 head, self._versions(c, adapter), self._segments(c, adapter), segment, hand
             ),
         )
+
+    def retain(self, adapter: str, actor: str, dry: bool = False) -> Change | None:
+        """Let go of what the recipe's `retain` no longer keeps, unless a procedure is under way; what that was."""
+        pending = {name for held in self.forgets(unfinished=True) for name in held.adapters}
+        with self.db.write() as c:
+            head = self._adapter(c, adapter, lock=True)
+            if adapter in pending or adapter in self._loans(c):
+                return None
+            rules = Recipe.from_dict(head.recipe).retain
+            change = decide_retention(head, self._versions(c, adapter), self._segments(c, adapter), rules)
+            if change is not None and not dry:
+                self._apply(c, head, change, actor, "")
+        return change
 
     # -- MLflow's share --------------------------------------------------------------------------------------
 

@@ -146,7 +146,8 @@ class AdapterRecord:
 class SegmentRecord:
     """A sealed run of entries [first, first + count). `version` made its outcome: the one that trained it, or the
     parent that a rejected candidate built on. `keyring` names its keys in the key store; `root` is the Merkle root of
-    its entries' commitments. `metrics` are those of a rejected candidate."""
+    its entries' commitments. `metrics` are those of a rejected candidate; `payload` is empty once it has been
+    dropped."""
 
     adapter: str
     number: int
@@ -164,6 +165,11 @@ class SegmentRecord:
     metrics: dict[str, Any] = field(default_factory=dict)
     keyring: str = ""
     root: str = ""
+
+    @property
+    def dropped(self) -> bool:
+        """Whether its contents lie beyond the forget horizon, and are gone."""
+        return not self.payload
 
     def outcome_as(
         self,
@@ -214,6 +220,11 @@ class VersionRecord:
     purged: bool = False
     parts: tuple[PartRecord, ...] = ()
     withheld: str = ""
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may be released and built on: not revoked, and its files are kept."""
+        return not (self.revoked or self.purged)
 
     @property
     def partial(self) -> bool:

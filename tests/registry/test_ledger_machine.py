@@ -18,6 +18,8 @@ from tests.registry.histories import Act, World, check_adapter, control, keyed
 
 ADAPTERS = ("one", "two")
 SUBJECTS = ("ann", "bob", "cleo")
+# Few clean states stay, so that forgets and people's words often have to go back further than they would.
+SPARSE = Recipe.from_dict({"retain": {"every": 3, "targets": 1}})
 adapters = st.sampled_from(ADAPTERS)
 subjects = st.sampled_from(SUBJECTS)
 _MEMORY = Path("/dev/shm")
@@ -48,7 +50,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @initialize()
     def create(self) -> None:
         for name in ADAPTERS:
-            self.ledger.create(name, Recipe(), "test")
+            self.ledger.create(name, SPARSE, "test")
         with pytest.raises(Conflict):
             self.ledger.create(ADAPTERS[0], Recipe(), "test")
 
@@ -106,7 +108,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def rollback(self, name: str, back: int) -> None:
         versions = self.ledger.versions(name)
         number = max(0, len(versions) - back)
-        if number and versions[number].revoked:
+        if number and not versions[number].usable:
             with pytest.raises(Refused):
                 self.ledger.rollback(name, number, "test")
         else:
@@ -139,7 +141,7 @@ class LedgerMachine(RuleBasedStateMachine):
         try:
             assert self.ledger.release(name, number, "test").release == number
         except Refused:
-            assert versions[number].revoked
+            assert not versions[number].usable
         except Conflict:
             assert self.ledger.adapter(name).held is not None
 
@@ -163,6 +165,29 @@ class LedgerMachine(RuleBasedStateMachine):
         self.acts[name].append(Act(len(self.ledger.segments(name)), kind, line, segment))
 
     # -- forgetting --
+
+    @rule(name=adapters)
+    def retain(self, name: str) -> None:
+        """Nothing goes that the head stands on, nor while a procedure or a hold may need it."""
+        before = self.ledger.adapter(name)
+        change = self.ledger.retain(name, "gc")
+        versions = self.ledger.versions(name)
+        assert all(versions[number].usable for number in (before.release, before.tip) if number)
+        if change is not None:
+            assert before.held is None
+            assert not any(name in held.adapters for held in self.ledger.forgets(unfinished=True))
+            assert self.ledger.retain(name, "gc") is None
+
+    @rule(pick=st.integers(0, 10))
+    def finish_a_forget(self, pick: int) -> None:
+        """Its rebuild done, a forget is purged in the end."""
+        some = list(self.requests)[pick : pick + 1]
+        for request in some:
+            held = self.ledger.forget_of(request)
+            if self.ledger.is_rebuilt(held) and held.stage is not Stage.LENDING:
+                self.ledger.advance(request, Stage.PURGED, {"purged_at": "now"}, "test")
+                for part in held.body["doomed"]:
+                    self.ledger.mark_purged(part["adapter"], part["versions"])
 
     @rule(
         who=st.sampled_from([*SUBJECTS, "nobody"]),
