@@ -8,8 +8,11 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from riverdelta.kernels import native
+
 Mode = Literal["fp32", "bf16", "fp16w", "torch"]
-"""fp32: oneDNN, a row's bits independent of the others. bf16: oneDNN, for CPUs with bf16 arithmetic. fp16w: FBGEMM,
+"""fp32: oneDNN, a row's bits independent of the others. bf16: for CPUs with bf16 arithmetic, by
+tiles (AMX) where the CPU has them and the shape fits, else oneDNN. fp16w: FBGEMM,
 half-precision weights and fp32 activations. torch: `torch.nn.functional.linear`, unpacked."""
 
 
@@ -26,6 +29,8 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.mode = mode
         self.dtype = torch.bfloat16 if mode == "bf16" else torch.float32
+        self.tiled = mode == "bf16" and native.fits_product(*weight.shape)
+        """Whether `weight` and `bias` are as `native.product` takes them."""
         self.weight: object
         weight = weight.detach()
         bias = None if bias is None else bias.detach()
@@ -33,11 +38,13 @@ class PackedLinear(nn.Module):
             self.weight = torch.ops.quantized.linear_prepack_fp16(
                 weight.float(), None if bias is None else bias.float()
             )
+        elif self.tiled:
+            self.weight = native.pack(weight)
         elif mode in ("fp32", "bf16"):
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous())
         else:
             self.weight = weight.to(self.dtype)
-        self.bias = None if bias is None else bias.to(self.dtype)
+        self.bias = None if bias is None else bias.to(torch.float32 if self.tiled else self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -47,6 +54,8 @@ class PackedLinear(nn.Module):
             return cast(Tensor, torch.ops.quantized.linear_dynamic_fp16(x, self.weight))
         if self.mode == "torch":
             return nn.functional.linear(x, cast(Tensor, self.weight), self.bias)
+        if self.tiled:
+            return native.product(x, cast(Tensor, self.weight), self.bias)
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], ""))
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from riverdelta.kernels import native
+from riverdelta.kernels import PackedLinear, native
 
 from .attention import AttentionOptions, StepContext, paged_attention, rotate_and_attend
-from .linears import LoraSite, MergedPart
+from .linears import LoraSite, MergedPart, Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +187,112 @@ def fuse_mlps(model: nn.Module) -> int:
                     count += 1
                     break
             gate._shared.clear()
+    return count
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer whose decode steps are one call: for a CPU that multiplies by tiles."""
+
+    def __init__(self, inner: Any, runtime: Runtime) -> None:
+        """`inner`: the layer replaced, its parts fused. Raises `TypeError` if it is not made of them."""
+        super().__init__()
+        self.inner, self.runtime = inner, runtime
+        attention, mlp = inner.self_attn, inner.mlp
+        if not (isinstance(attention, FusedAttention) and attention.compiled and isinstance(mlp, FusedMlp)):
+            raise TypeError("other attention or MLP")
+        gemma = hasattr(inner, "pre_feedforward_layernorm")
+        self.norms = (
+            _norm(inner.input_layernorm),
+            _norm(inner.post_attention_layernorm) if gemma else None,
+            _norm(inner.pre_feedforward_layernorm if gemma else inner.post_attention_layernorm),
+            _norm(inner.post_feedforward_layernorm) if gemma else None,
+        )
+        self.sites = (
+            _site(attention.site),
+            _site(attention.inner.o_proj),
+            _site(mlp.inner.gate_proj.site),
+            _site(mlp.inner.down_proj),
+        )
+        self.attention, self.activation = attention, mlp.activation
+        self.native: native.Layer | None = None
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, position_embeddings: Any, paged: StepContext, **kwargs: Any
+    ) -> Tensor:
+        """transformers' decoder layer: `hidden_states` [1, rows, hidden] -> [1, rows, hidden], fp32."""
+        if paged.chunks:
+            kwargs |= {"position_embeddings": position_embeddings, "paged": paged}
+            return torch.as_tensor(self.inner(hidden_states, *args, **kwargs))
+        if self.native is None:
+            self.native = self._described(paged)
+        hidden = hidden_states.clone()
+        self.native.decode(
+            hidden[0],
+            position_embeddings[0][0].float().contiguous(),
+            position_embeddings[1][0].float().contiguous(),
+            paged.positions,
+            paged.tables,
+            paged.lengths,
+            self.runtime.segments.tiles,
+        )
+        return hidden
+
+    def _described(self, paged: StepContext) -> native.Layer:
+        attention = self.attention
+        scaling = attention.options.scaling
+        return native.Layer(
+            self.sites,
+            self.norms,
+            self.activation,
+            attention.heads,
+            (attention.norm, attention.eps),
+            attention.head_dim**-0.5 if scaling is None else scaling,
+            attention.options.sliding_window or 0,
+            paged.cache.layers[int(attention.inner.layer_idx)],
+        )
+
+
+def _norm(module: nn.Module) -> native.Norm:
+    if not isinstance(module, FusedNorm):
+        raise TypeError(f"another norm: {type(module).__name__}")
+    return native.Norm(module.weight.detach().float(), module.eps)
+
+
+def _site(site: LoraSite) -> native.Site:
+    packed = site.linear.inner
+    if not (isinstance(packed, PackedLinear) and packed.tiled and isinstance(packed.weight, Tensor)):
+        raise TypeError("a product that is not by tiles")
+    return native.Site(packed.weight, packed.bias, site.pool)
+
+
+def fuse_layers(model: nn.Module, runtime: Runtime, run: Callable[[], object]) -> int:
+    """Replace decoder layers that `run`, a decode step of this model, shows to be norms, attention and a gated MLP
+    added to what they read; returns how many."""
+    seen: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        seen[module] = (args, kwargs, out)
+
+    found = [(p, n, m) for p in model.modules() for n, m in p.named_children() if hasattr(m, "self_attn")]
+    hooks = [m.register_forward_hook(record, with_kwargs=True) for _, _, m in found]
+    run()
+    for hook in hooks:
+        hook.remove()
+    count = 0
+    for parent, name, module in found:
+        try:
+            args, kwargs, wanted = seen[module]
+            fused = FusedLayer(module, runtime)
+            if args[0].dtype != torch.float32:
+                continue
+            got = fused(*args, **kwargs)
+            same = _equal(got - args[0], wanted - args[0], torch.bfloat16)
+        except (TypeError, AttributeError, KeyError, IndexError) as error:  # not the layer it looked like
+            logger.debug("Keeping %s: %s", type(module).__name__, error)
+            continue
+        if same:
+            setattr(parent, name, fused)
+            count += 1
     return count
 
 

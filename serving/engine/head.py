@@ -1,24 +1,25 @@
 """The vocabulary projection: all scores where sampling needs them, the greedy token alone for much less.
 
-With a vocabulary of 262k this product is more than half of a small model's decode step. `ScreenedHead` multiplies in
-int8 first, knows the standard deviation of that product's rounding error, and computes in fp32 only the tokens
-within eight of them of the best: the result is the argmax of the fp32 product, which bf16 would round away.
+With a vocabulary of 262k this product is more than half of a small model's decode step. A screened head multiplies in
+int8 first, knows a bound of that product's rounding error (Cauchy-Schwarz), and computes in fp32 only the tokens
+that could be the best: the result is the argmax of the fp32 product, which bf16 would round away.
 Smoothing after SmoothQuant (Xiao et al. 2023).
 """
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from riverdelta.kernels import native
 
 from .linears import Frozen
 
 _CHUNK = 65536  # vocabulary rows a product: its scores stay in the last-level cache until they are reduced
 _BLOCK = 64  # tokens that are ruled out together
-_DEVIATIONS = 8.0
-_MOST = 512  # pairs a row worth checking one by one
+_MOST, _MOST_GROUPS = 512, 128  # a row's tokens, or groups of 16, that are worth checking
 
 
 class Scores(Protocol):
@@ -76,47 +77,97 @@ def argmax(logits: Tensor) -> Tensor:
     return best * width + inside
 
 
-class ScreenedHead:
-    """Greedy tokens of `hidden @ weight.T` by an int8 screen and an fp32 check of what it cannot rule out."""
+class Rounded(NamedTuple):
+    """Rows of a head in int8: row by row `values` times `scale`, the length that this `lost`, and the one it `kept`."""
 
-    def __init__(self, weight: Tensor, sample: Tensor) -> None:
-        """`weight` [vocab, width]; `sample` [rows, width]: hidden states typical enough to balance dimensions by."""
-        self.weight = weight
-        spread = sample.float().abs().amax(0).clamp_min(1e-6).sqrt()
-        # Divides activations and multiplies weights: both are then rounded with about equal harm.
-        self.smooth = spread / weight.float().abs().amax(0).clamp_min(1e-6).sqrt()
-        self.chunks = []
-        for begin in range(0, len(weight), _CHUNK):
-            scaled = weight[begin : begin + _CHUNK].float() * self.smooth
-            scale = scaled.abs().amax(1).clamp_min(1e-12) / 127
-            rounded = (scaled / scale[:, None]).round_()
-            kept = rounded * scale[:, None]
-            packed = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), [32, weight.shape[1]])
-            lost = _by_block((scaled - kept).square_().sum(1))
-            self.chunks.append(
-                (packed, scale, torch.zeros(len(scale), dtype=torch.int64), _by_block(kept.square().sum(1)), lost)
-            )
+    values: Tensor
+    scale: Tensor
+    lost: Tensor
+    kept: Tensor
+
+
+def _smoothing(weight: Tensor, sample: Tensor) -> Tensor:
+    """What divides activations like `sample` and multiplies weights so that rounding does both little harm."""
+    spread = sample.float().abs().amax(0).clamp_min(1e-6) ** 0.3
+    return spread / weight.float().abs().amax(0).clamp_min(1e-6) ** 0.7
+
+
+def _rounded(weight: Tensor, smooth: Tensor) -> Rounded:
+    scaled = weight.float() * smooth
+    scale = scaled.abs().amax(1).clamp_min(1e-12) / 127
+    values = (scaled / scale[:, None]).round_()
+    kept = values * scale[:, None]
+    length = scaled.norm(dim=1)
+    # A sum in fp32 is off by less than its length times the share of length that its roundings are.
+    share = (weight.shape[1] + 64) * 2.0**-22
+    return Rounded(values.to(torch.int8), scale, (scaled - kept).norm(dim=1) + length * share, kept.norm(dim=1))
+
+
+class ScreenedHead(Protocol):
+    """Greedy tokens of `hidden @ weight.T` by an int8 screen and an fp32 check of what it cannot rule out."""
 
     def greedy(self, hidden: Tensor) -> Tensor | None:
         """Argmax int64 [rows] for `hidden` [rows, width], the first of equals; None if the screen lets too much by."""
+
+
+class TiledHead:
+    """The screen for a CPU that multiplies by tiles: nothing of it but the candidates is ever in memory."""
+
+    def __init__(self, weight: Tensor, sample: Tensor) -> None:
+        """`weight` fp32 [vocab, width]; `sample` [rows, width]: typical hidden states, to balance dimensions by."""
+        self.weight = weight
+        self.smooth = _smoothing(weight, sample)
+        # Activations are rounded to 127 * 128 units of their largest: that loses at most this share of their length.
+        share = weight.shape[1] ** 0.5 / (2 * 127 * 128)
+        parts = [_rounded(rows, self.smooth) for rows in torch.split(weight, _CHUNK)]
+        self.packed = torch.cat([native.pack_bytes(part.values) for part in parts])
+        self.scale = torch.cat([part.scale for part in parts])
+        self.lost = torch.cat([part.lost + part.kept * share for part in parts])
+
+    def greedy(self, hidden: Tensor) -> Tensor | None:
+        """See `ScreenedHead`."""
+        found = []
+        for rows in torch.split(hidden.float(), native.SCREEN_ROWS):
+            tokens = native.screen(
+                rows.contiguous(), self.smooth, self.packed, self.scale, self.lost, self.weight, _MOST_GROUPS
+            )
+            if tokens is None:
+                return None
+            found.append(tokens)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+class ChunkedHead:
+    """The screen by PyTorch's int8 products, a chunk of the vocabulary at a time."""
+
+    def __init__(self, weight: Tensor, sample: Tensor) -> None:
+        """As `TiledHead`, whatever the weight's dtype."""
+        self.weight = weight
+        self.smooth = _smoothing(weight, sample)
+        self.chunks = []
+        for rows in torch.split(weight, _CHUNK):
+            values, scale, lost, kept = _rounded(rows, self.smooth)
+            packed = torch.ops.onednn.qlinear_prepack(values, [32, weight.shape[1]])
+            zero = torch.zeros(len(scale), dtype=torch.int64)
+            self.chunks.append((packed, scale, zero, _by_block(kept), _by_block(lost)))
+
+    def greedy(self, hidden: Tensor) -> Tensor | None:
+        """See `ScreenedHead`."""
         hidden = hidden.float()
         x = hidden / self.smooth
         x /= x.abs().amax(1, keepdim=True).clamp_min_(1e-12) / 127
         q = x.round()
-        unit = _DEVIATIONS**2 / x.shape[1]
-        missing = (x - q).square_().sum(1, keepdim=True) * unit
-        length = x.square().sum(1, keepdim=True) * unit
+        missing, length = (x - q).norm(dim=1, keepdim=True), x.norm(dim=1, keepdim=True)
         q = (q + 128).to(torch.uint8)
         screened = []
         for packed, scale, zero, kept, lost in self.chunks:
             scores = torch.ops.onednn.qlinear_pointwise(
                 q, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
             ).unflatten(1, (-1, _BLOCK))
-            margin = torch.addmm(length @ lost[None], missing, kept[None]).sqrt_()
-            screened.append((scores, scores.amax(2), margin))
+            screened.append((scores, scores.amax(2), torch.addmm(length @ lost[None], missing, kept[None])))
         certain = torch.stack([(best - margin).amax(1) for _, best, margin in screened]).amax(0)
         rows, tokens = self._candidates(screened, certain)
-        if len(rows) > _MOST * len(hidden):
+        if len(rows) > _MOST * len(hidden) or len(set(rows.tolist())) < len(hidden):
             return None
         exact = (hidden[rows] * self.weight[tokens].float()).sum(1)
         best = torch.full_like(certain, float("-inf")).scatter_reduce(0, rows, exact, "amax")
@@ -140,7 +191,8 @@ def screened_head(weight: Tensor, sample: Tensor, full: Frozen, rows: int) -> Sc
     """A screen for this head if this CPU multiplies int8 exactly and that is faster at `rows` rows; else None."""
     if weight.device.type != "cpu" or len(weight) % _BLOCK or not torch.cpu._is_vnni_supported():
         return None
-    screen = ScreenedHead(weight, sample)
+    tiled = weight.dtype == torch.float32 and native.fits_screen(*weight.shape)
+    screen = TiledHead(weight, sample) if tiled else ChunkedHead(weight, sample)
     x = sample.repeat(-(-rows // len(sample)), 1)[:rows]
     tokens = screen.greedy(x)
     best = (x.float() @ weight.float().T).amax(1)

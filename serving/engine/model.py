@@ -15,7 +15,7 @@ from riverdelta.kernels import LoraPool, Segments, choose_backend, native
 from . import attention
 from .attention import Chunk, KVCache, StepContext
 from .config import EngineConfig
-from .fused import fuse_attention, fuse_mlps, fuse_norms
+from .fused import fuse_attention, fuse_layers, fuse_mlps, fuse_norms
 from .head import FullScores, Scores, ScreenedHead, ScreenedScores, screened_head
 from .linears import Frozen, Runtime, linear_groups, wrap
 
@@ -55,14 +55,17 @@ class PagedModel:
                 self.hf, lambda: self._probe(0, len(self._probe_tokens)), self.cache.dtype, compiled
             )
             mlps = fuse_mlps(self.hf) if compiled else 0
+            last = len(self._probe_tokens)
+            whole = fuse_layers(self.hf, self.runtime, lambda: self._probe(last - 1, last)) if compiled else 0
             if hidden is not None and not config.batch_invariant and self.mode != "fp32":
                 self.screen = screened_head(self.head_weight, hidden, self.head, config.max_batch)
             self._check(wanted)
         logger.info(
-            "Fused %d norms, %d attention modules and %d MLPs%s; greedy tokens %s",
+            "Fused %d norms, %d attention modules, %d MLPs, %d whole layers%s; greedy tokens %s",
             norms,
             layers,
             mlps,
+            whole,
             " by compiled operators" if compiled else "",
             "screened in int8" if self.screen else "from all scores",
         )

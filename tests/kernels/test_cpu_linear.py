@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from riverdelta.kernels import PackedLinear, choose_backend
+from riverdelta.kernels import PackedLinear, choose_backend, native
 from riverdelta.kernels.cpu_linear import has_bf16
 
 MODES = [("fp32", 1e-6), ("torch", 1e-6), ("fp16w", 1e-3), *([("bf16", 1e-2)] if has_bf16() else [])]
@@ -23,6 +23,27 @@ def test_matches_float64(mode, tolerance, bias, shape):
     assert got.shape == expected.shape
     assert got.dtype == layer.dtype
     assert (got.double() - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.skipif(not native.has_tiles(), reason="this CPU has no AMX, or there is no C compiler")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(32, 32), (96, 2048), (4128, 64)])
+def test_products_by_tiles_are_a_rows_own(bias, shape):
+    torch.manual_seed(0)
+    weight, offset = torch.randn(shape), torch.randn(shape[0]) if bias else None
+    layer = PackedLinear(weight, offset, "bf16")
+    assert layer.tiled
+    x = torch.randn(101, shape[1]).bfloat16()
+    whole = layer(x)
+    expected = torch.nn.functional.linear(
+        x.double(), weight.bfloat16().double(), None if offset is None else offset.double()
+    )
+    assert (whole.double() - expected).norm() / expected.norm() < 3e-3
+    for rows in (1, 15, 16, 17, 32, 33, 64):
+        assert torch.equal(layer(x[:rows]), whole[:rows])
+    spoilt = x.clone()
+    spoilt[::2] = float("nan")
+    assert torch.equal(layer(spoilt)[1::2], whole[1::2])
 
 
 def test_exact_rows_do_not_depend_on_their_mates():

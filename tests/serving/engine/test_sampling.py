@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from riverdelta.core.errors import BadInput
+from riverdelta.kernels import native
 from riverdelta.serving.engine import SamplingParams
-from riverdelta.serving.engine.head import FullScores, ScreenedHead, argmax
+from riverdelta.serving.engine.head import ChunkedHead, FullScores, TiledHead, argmax
 from riverdelta.serving.engine.sampling import RowSampler, choose, uniform
 
 LOGITS = torch.randn(1500, generator=torch.Generator().manual_seed(3)) * 3
@@ -112,21 +113,63 @@ def test_bad_parameters_are_named(bad):
         SamplingParams(**bad).check(9)
 
 
-@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 products are exact with VNNI only")
+SCREENS = [
+    pytest.param(
+        ChunkedHead, marks=pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 is exact with VNNI only")
+    ),
+    pytest.param(TiledHead, marks=pytest.mark.skipif(not native.has_tiles(), reason="no AMX, or no C compiler")),
+]
+
+
+@pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("spread", [0.0, 1.5])
-def test_the_screened_head_finds_the_exact_argmax(spread):
+def test_a_screened_head_finds_the_exact_argmax(screen, spread):
     generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(4096, 96, generator=generator)
+    weight = torch.randn(4096, 128, generator=generator)
     weight[777] = weight[123]  # a tie: the first wins
-    hidden = torch.randn(64, 96, generator=generator) * torch.exp(spread * torch.randn(96, generator=generator))
+    hidden = torch.randn(70, 128, generator=generator) * torch.exp(spread * torch.randn(128, generator=generator))
     hidden[:8] = weight[123] * 2 + hidden[:8] * 0.1
-    screen = ScreenedHead(weight, hidden[::2])
+    head = screen(weight, hidden[::2])
     exact = (hidden.double() @ weight.double().T).argmax(1)
     assert exact[:8].tolist() == [123] * 8
-    assert torch.equal(screen.greedy(hidden), exact)
-    assert torch.equal(screen.greedy(hidden[5:6]), exact[5:6])
+    assert torch.equal(head.greedy(hidden), exact)
+    assert torch.equal(head.greedy(hidden[5:6]), exact[5:6])
 
 
-@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 products are exact with VNNI only")
-def test_the_screen_gives_up_where_all_tokens_are_alike():
-    assert ScreenedHead(torch.ones(4096, 32), torch.ones(4, 32)).greedy(torch.ones(3, 32)) is None
+@pytest.mark.parametrize("screen", SCREENS)
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    width=st.sampled_from([64, 192, 640]),
+    outliers=st.floats(0, 4),
+    close=st.floats(1e-6, 1e-1),
+    typical=st.booleans(),
+)
+def test_no_head_makes_a_screen_choose_another_token(screen, seed, width, outliers, close, typical):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(4096, width, generator=generator) * torch.exp(
+        outliers * torch.randn(4096, width, generator=generator)
+    )
+    weight[:16] *= torch.logspace(-12, 6, 16)[:, None]
+    hidden = torch.randn(5, width, generator=generator) * torch.exp(outliers * torch.randn(width, generator=generator))
+    best = (hidden.double() @ weight.double().T).argmax(1)
+    for token in best.tolist():  # rivals that int8 cannot tell from the best
+        rivals = torch.randint(0, 4096, (40,), generator=generator)
+        noise = torch.randn(40, width, generator=generator) * close
+        weight[rivals] = weight[token] * (1 + noise)
+    scores = hidden.double() @ weight.double().T
+    rounding = hidden.double().abs() @ weight.double().abs().T * width * 2.0**-24
+    found = screen(weight, hidden if typical else torch.randn(3, width)).greedy(hidden)
+    if found is not None:
+        rows = torch.arange(5)
+        assert (scores[rows, found] >= (scores - rounding).amax(1) - rounding[rows, found]).all()
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_a_screen_gives_up_where_all_tokens_are_alike_or_a_row_is_no_number(screen):
+    head = screen(torch.ones(4096, 64), torch.ones(4, 64))
+    assert head.greedy(torch.ones(3, 64)) is None
+    head = screen(torch.eye(64).repeat(64, 1), torch.ones(4, 64))
+    hidden = torch.eye(64)[:3]
+    hidden[1, 7] = float("nan")
+    assert head.greedy(hidden) is None
