@@ -14,6 +14,9 @@ from riverdelta.kernels import native, paged_attention_decode, use_triton
 
 NAME = "riverdelta_paged"
 
+# Tokens that a step's chunks may see, row by row, to be handled as decoding rows are.
+_BY_ROW = 32768
+
 
 class AttentionOptions(NamedTuple):
     """What a model's attention module asks of the attention function."""
@@ -53,6 +56,7 @@ class StepContext:
     exact: bool = False
     """Whether a row's arithmetic must not depend on its batch mates."""
     _views: dict[int | None, list["View"]] = field(default_factory=dict)
+    _by_row: tuple[Tensor, Tensor] | None = None
     _derived: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def once(self, source: Tensor, derive: Callable[[Tensor], Tensor]) -> Tensor:
@@ -60,6 +64,26 @@ class StepContext:
         if id(source) not in self._derived:
             self._derived[id(source)] = (source, derive(source))
         return self._derived[id(source)][1]
+
+    def by_row(self) -> tuple[Tensor, Tensor] | None:
+        """`tables` and `lengths` of every row, as if each were a sequence's new token; None where so much context is
+        better read once a chunk."""
+        if not self.chunks:
+            return self.tables, self.lengths
+        if sum(chunk.count * (chunk.start + chunk.count) for chunk in self.chunks) > _BY_ROW:
+            return None
+        if self._by_row is None:
+            size, width = self.cache.block_size, self.tables.shape[1]
+            width = max(width, *(-(-len(chunk.context) // size) for chunk in self.chunks))
+            tables = self.tables.new_zeros(len(self.positions), width)
+            tables[: len(self.tables), : self.tables.shape[1]] = self.tables
+            lengths = [self.lengths]
+            for chunk in self.chunks:
+                blocks = chunk.context[::size] // size
+                tables[chunk.first : chunk.first + chunk.count, : len(blocks)] = blocks
+                lengths.append(torch.arange(chunk.start + 1, chunk.start + chunk.count + 1, dtype=torch.int32))
+            self._by_row = tables, torch.cat(lengths)
+        return self._by_row
 
     def views(self, window: int | None) -> list["View"]:
         """What decoding rows see through a sliding window; every layer of that window shares it."""

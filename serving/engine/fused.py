@@ -191,7 +191,7 @@ def fuse_mlps(model: nn.Module) -> int:
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer whose decode steps are one call: for a CPU that multiplies by tiles."""
+    """A decoder layer in one call, for a CPU that multiplies by tiles; by its modules in steps that see much."""
 
     def __init__(self, inner: Any, runtime: Runtime) -> None:
         """`inner`: the layer replaced, its parts fused. Raises `TypeError` if it is not made of them."""
@@ -220,7 +220,8 @@ class FusedLayer(nn.Module):
         self, hidden_states: Tensor, *args: Any, position_embeddings: Any, paged: StepContext, **kwargs: Any
     ) -> Tensor:
         """transformers' decoder layer: `hidden_states` [1, rows, hidden] -> [1, rows, hidden], fp32."""
-        if paged.chunks:
+        seen = paged.by_row()
+        if seen is None:
             kwargs |= {"position_embeddings": position_embeddings, "paged": paged}
             return torch.as_tensor(self.inner(hidden_states, *args, **kwargs))
         if self.native is None:
@@ -231,8 +232,7 @@ class FusedLayer(nn.Module):
             position_embeddings[0][0].float().contiguous(),
             position_embeddings[1][0].float().contiguous(),
             paged.positions,
-            paged.tables,
-            paged.lengths,
+            *seen,
             self.runtime.segments.tiles,
         )
         return hidden

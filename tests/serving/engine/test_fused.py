@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Mi
 from riverdelta.kernels import Segments, native
 from riverdelta.serving.engine import EngineConfig
 from riverdelta.serving.engine.adapters import DeviceTier, HostAdapter
-from riverdelta.serving.engine.attention import StepContext
+from riverdelta.serving.engine.attention import Chunk, StepContext
 from riverdelta.serving.engine.fused import FusedLayer
 from riverdelta.serving.engine.model import PagedModel
 
@@ -103,3 +103,34 @@ def test_a_rows_bits_are_its_own():
     others, _ = step(paged, [(-1, 2), (1, 6)], whole=True)
     assert torch.equal(mates[:2], others[:2])
     assert not torch.equal(mates[2:], others[2:])
+
+
+def test_a_prompt_by_rows_fills_the_cache_as_by_chunks(monkeypatch):
+    paged = model("mistral")
+    blocks = torch.tensor([5, 2, 9, 30])
+    flat = (blocks[:, None] * 16 + torch.arange(16)).flatten()
+    tokens = torch.randint(3, 512, (45,), generator=torch.Generator().manual_seed(2))
+
+    def run(limit):
+        monkeypatch.setattr("riverdelta.serving.engine.attention._BY_ROW", limit)
+        paged.cache.zero(list(range(40)))
+        found = []
+        for begin, end in ((0, 20), (20, 21), (21, 45)):
+            at = torch.arange(begin, end)
+            context = StepContext(
+                paged.cache,
+                flat[at],
+                blocks[None, : -(-end // 16)].int()[: int(end == 21)],
+                torch.tensor([end] * int(end == 21), dtype=torch.int32),
+                [] if end == 21 else [Chunk(0, end - begin, begin, flat[:end])],
+            )
+            runs = [(2, 1)] if end == 21 else [(0, 5), (2, end - begin - 5)]
+            scores = paged.step(tokens[at], at, context, Segments.build(runs, "cpu"), torch.arange(end - begin))
+            found.append(scores.logits(list(range(end - begin))))
+        return torch.cat(found), [t.clone() for pair in paged.cache.layers.values() for t in pair]
+
+    wanted, cached = run(0)
+    got, filled = run(10**6)
+    assert (got - wanted).norm() / wanted.norm() < 2e-2
+    for one, other in zip(filled, cached, strict=True):
+        assert (one.float() - other.float()).norm() / other.float().norm() < 3e-2
