@@ -13,7 +13,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parent.parent
-DOCUMENTS = (_ROOT / "docs" / "kernels.md", _ROOT / "docs" / "training.md", _ROOT / "README.md")
+DOCUMENTS = (*(_ROOT / "docs" / f"{name}.md" for name in ("kernels", "training", "forgetting")), _ROOT / "README.md")
 
 
 def lora_kernels() -> str:
@@ -161,6 +161,73 @@ def learning_quick() -> str:
     )
 
 
+def forgetting() -> str:
+    """What a forget costs by shards, and what clean states spare."""
+    report = _load("forgetting")
+    rows = []
+    for name, cell in report["table"].items():
+        count = name if name.isdigit() else ""
+        rows.append(
+            [
+                f"{count} shard{'' if count == '1' else 's'}" if count else name,
+                f"{cell['tokens']:,.0f}",
+                f"{cell['seconds']:.1f}",
+                f"**{report[f'speedup_{count}']:.0f}**" if count else "",
+                f"{report[f'speedup_seconds_{count}']:.0f}" if count else "",
+                f"{cell['prequential']:.3f}" if count else "",
+                f"{cell['right']:.0%}" if "right" in cell else "",
+            ]
+        )
+    heads = [
+        "",
+        "tokens",
+        "CPU seconds",
+        "× cheaper than full replay",
+        "in seconds",
+        "prequential loss",
+        "right answers",
+    ]
+    spaced = report["spacing_tokens"]
+    told = "; ".join(
+        f"{name} shard{'' if name == '1' else 's'}: " + ", ".join(f"{v:,.0f}" for v in cell.values())
+        for name, cell in spaced.items()
+    )
+    return (
+        f"A Llama of 2 million weights, {report['segments']} segments of {report['entries']}, {report['requests']} "
+        f"requests; {_measured(report)}\n\n"
+        + _table(heads, rows)
+        + f"\n\nTokens of a forget with a clean state kept for every {', '.join(spaced['1'])} versions: {told}."
+    )
+
+
+def unlearning() -> str:
+    """Every yardstick after the last request."""
+    report = _load("unlearning")
+    rows = [
+        [
+            name,
+            f"{cell['forget_quality'][-1]:.2g}",
+            f"{cell['privacy_leak_pct'][-1]:+.1f}",
+            f"{cell['extraction'][-1]:.0%}",
+            f"{cell['utility_loss'][-1]:.3f}",
+            f"{cell['utility_right'][-1]:.0%}",
+        ]
+        for name, cell in report["rivals"].items()
+    ]
+    heads = [
+        "",
+        "forget quality (p)",
+        "privacy leakage %",
+        "extraction strength",
+        "loss on the rest",
+        "right on the rest",
+    ]
+    return (
+        f"A Llama of 2 million weights, {report['subjects']} subjects of {report['facts']} facts, {report['requests']} "
+        f"requests of {report['together']}; {_measured(report)}\n\n" + _table(heads, rows)
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "lora_kernels": lora_kernels,
     "decode_step": decode_step,
@@ -169,6 +236,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving_vllm": serving_vllm,
     "poison": poison,
     "learning_quick": learning_quick,
+    "forgetting": forgetting,
+    "unlearning": unlearning,
 }
 
 

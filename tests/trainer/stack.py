@@ -36,15 +36,16 @@ class Stack:
         """Make an adapter."""
         self.ledger.create(name, recipe, "test")
 
-    def seal(self, name: str, said: Sequence[bytes | None], subjects: Sequence[str]) -> SegmentRecord:
-        """Append a segment as the dataflow does: suppressed subjects arrive as tombstones."""
-        subjects = [hashed(subject) for subject in subjects]
+    def seal(self, name: str, said: Sequence[bytes | None], subjects: Sequence[str | tuple[str, ...]]) -> SegmentRecord:
+        """Append a segment as the dataflow does: suppressed subjects arrive as tombstones. An entry is about one
+        subject, or some, or nobody."""
+        about = [tuple(sorted(hashed(each) for each in ((who,) if isinstance(who, str) else who))) for who in subjects]
         head = self.ledger.adapter(name)
         gone = self.ledger.suppressed(name)
-        held = [None if subject in gone else content for content, subject in zip(said, subjects, strict=True)]
+        held = [content if gone.isdisjoint(whose) else None for content, whose in zip(said, about, strict=True)]
         entries = tuple(
-            ManifestEntry(0, 0, head.next_index + place, b"", (subject,), content is None)
-            for place, (content, subject) in enumerate(zip(held, subjects, strict=True))
+            ManifestEntry(0, 0, head.next_index + place, b"", whose, content is None)
+            for place, (content, whose) in enumerate(zip(held, about, strict=True))
         )
         first = head.next_index
         keys = uuid.uuid4().hex

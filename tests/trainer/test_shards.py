@@ -150,6 +150,36 @@ def test_a_forget_replays_one_part_from_where_its_subject_came_in(tmp_path: Path
     assert after[-1].digest == sha256(stack.store.get(weights_key(after[-1].digest)))
 
 
+def test_entries_about_several_subjects_and_about_nobody(tmp_path: Path, base: Base) -> None:
+    """A forget of any of several replays the one part that the entry is in; what nobody is about has a part, too."""
+    stack, like = Stack(tmp_path), sharded()
+    ann, bob = of_shard(0), of_shard(1)
+    about: list[tuple[str, ...]] = [(ann, bob), (), (of_shard(2),), (bob,), (), (of_shard(3),), (ann,), (bob, ann)]
+    said = [fact(number) for number in range(len(about))]
+    stack.create("acme", like)
+    for first in (0, 4):
+        stack.seal("acme", said[first : first + 4], about[first : first + 4])
+    settle(stack, base)
+    before = line(stack)
+    stack.forget("acme", bob)
+    settle(stack, base)
+    after = line(stack)
+    where = [shard_of([hashed(each) for each in whose], index, COUNT) for index, whose in enumerate(about)]
+    held = [None if bob in whose else content for content, whose in zip(said, about, strict=True)]
+    seed = stack.ledger.adapter("acme").seed
+    made = replay(base, like, seed, [held[:4], held[4:]], shards=[where[:4], where[4:]])
+    assert [(each.digest, each.state) for each in after] == [(each.digest, each.state_digest) for each in made]
+    touched = {shard for shard, whose in zip(where, about, strict=True) if bob in whose}
+    moved = {
+        shard
+        for was, now in zip(before, after, strict=True)
+        for shard in range(COUNT)
+        if was.parts[shard] != now.parts[shard]
+    }
+    assert moved == touched
+    assert len(touched) < COUNT
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_histories(tmp_path: Path, base: Base, seed: int) -> None:
     """Seals, forgets and words of people at any moment, trainers lost and replaced, gates that turn parts down."""
