@@ -206,7 +206,7 @@ def unlearning() -> str:
     rows = [
         [
             name,
-            f"{cell['forget_quality'][-1]:.2g}",
+            f"{cell['forget_quality'][-1]:.2g}" if cell["forget_quality"][-1] else "< 0.00001",
             f"{cell['privacy_leak_pct'][-1]:+.1f}",
             f"{cell['extraction'][-1]:.0%}",
             f"{cell['utility_loss'][-1]:.3f}",

@@ -175,8 +175,9 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def of_a_shard(self) -> "Recipe":
-        """What one shard trains by: its share of the rank, at the scale of the whole; it rehearses less where its share
-        of a segment does not fill a micro-batch, so that all shards together take no more tokens than one would."""
+        """What one shard trains by: its share of the rank, at the scale of the whole, and of the gate's sample; it
+        rehearses less where its share of a segment does not fill a micro-batch, so that all shards together take no
+        more tokens than one would."""
         count, training = self.shards.count, self.training
         if count == 1:
             return self
@@ -185,7 +186,10 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
         filled = min(training.micro_batch, -(-self.seal.count // count))
         rehearse = -(-training.rehearse * filled // training.micro_batch)
         training = msgspec.structs.replace(training, rehearse=rehearse)
-        return msgspec.structs.replace(self, lora=lora, training=training, shards=Shards())
+        gate = self.gate
+        sample = min(gate.sample, max(gate.least, -(-gate.sample // count)))
+        gate = msgspec.structs.replace(gate, sample=sample)
+        return msgspec.structs.replace(self, lora=lora, training=training, gate=gate, shards=Shards())
 
     @property
     def digest(self) -> str:
