@@ -1,4 +1,4 @@
-"""The kill harness: `python -m tests.soak --seed N --kills K [--kafka ADDRESS]`.
+"""The kill harness: `python -m tests.soak --seed N --kills K [--minutes M] [--kafka ADDRESS]`.
 
 A producer publishes while dataflow workers, trainers, the server and the broker are killed with SIGKILL, or stopped for
 so long that others take over and then let go on, by a schedule that the seed fixes. After quiet it holds the ledger to
@@ -49,7 +49,12 @@ RECIPE = Recipe.from_dict(
     }
 )
 VICTIMS = {"stream": 8, "train-1": 3, "train-2": 3, "serve": 2, "broker": 3}
-BEGUN = {"stream": "first events decided", "train-1": "Ready to train", "train-2": "Ready to train"}
+BEGUN = {
+    "stream": "first events decided",
+    "train-1": "Ready to train",
+    "train-2": "Ready to train",
+    "serve": "the base model answers",
+}
 EVENTS_PER_KILL = 24
 QUIET_SECONDS = 300.0
 JUNK = (b"not json", b'{"adapter":"NO","text":"x"}', b'{"adapter":"ada"}', b"")
@@ -67,8 +72,10 @@ class Published:
 class Soak:
     """One run: a broker, the processes, and what they are told."""
 
-    def __init__(self, seed: int, kills: int, folder: Path, broker: Broker) -> None:
+    def __init__(self, seed: int, kills: int, folder: Path, broker: Broker, minutes: float = float("inf")) -> None:
+        """After so many `minutes` nobody is killed any more."""
         self.rng, self.kills, self.broker = random.Random(seed), kills, broker
+        self.seconds = minutes * 60
         self.river = River(
             folder, make_tiny("llama", folder / "base"), broker.bootstrap,
             RIVERDELTA_STREAMS__METRICS_PORT="0", RIVERDELTA_LOG_JSON="1", RIVERDELTA_TOPICS__PARTITIONS="4",
@@ -99,6 +106,7 @@ class Soak:
         name = self.rng.choices(names, [VICTIMS[name] for name in names])[0]
         self.counts["kills"] += 1
         self.counts[name] += 1
+        self.counts["of working processes"] += name == "broker" or self._works(name)
         if name == "broker":
             self.broker.kill()
             time.sleep(self.rng.uniform(0.0, 2.0))
@@ -151,8 +159,7 @@ class Soak:
                 "log_level": 2,
             }
         )
-        total = max(1, self.kills) * EVENTS_PER_KILL
-        while self.published.records < total or not stop.is_set():
+        while not stop.is_set() or self.published.records < max(1, self.counts["kills"]) * EVENTS_PER_KILL:
             if stop.is_set() or self.published.records < (self.counts["kills"] + 2) * EVENTS_PER_KILL:
                 for value in self._next():
                     self.published.records += 1
@@ -190,7 +197,10 @@ class Soak:
                 if name != "broker":
                     self.start(name)
             producer.start()
+            began = time.monotonic()
             for number in range(self.kills):
+                if time.monotonic() - began > self.seconds:
+                    break
                 if self.rng.random() < 0.8:  # the others hit processes that are starting
                     self._await_work()
                 time.sleep(self.rng.choice([0.1, 0.5, 1.0, 2.0]))
@@ -335,6 +345,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--seed", type=int, default=1)
     options.add_argument("--kills", type=int, default=200)
+    options.add_argument("--minutes", type=float, default=float("inf"), help="kill for so long at most")
     options.add_argument("--kafka", default="", help="a cluster, which is not killed; else one is started")
     given = options.parse_args()
     folder = Path(tempfile.mkdtemp(prefix=f"soak-{given.seed}-"))
@@ -346,7 +357,7 @@ def main() -> None:
         )
     os.environ["HF_HUB_OFFLINE"] = "1"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and end what was started
-    soak = Soak(given.seed, given.kills, folder, broker)
+    soak = Soak(given.seed, given.kills, folder, broker, given.minutes)
     try:
         report = soak.run()
     except BaseException:
