@@ -177,6 +177,11 @@ def _read(data: bytes, digest: str) -> _Payload:
 
 def _lock(names: Mentions, slot_of: dict[str, int], keys: bytes) -> AESGCM:
     """The cipher of a box: the one mention's key, or the hash of all of theirs."""
+    if len(names) == 1:  # nearly always
+        at = slot_of[names[0]] * KEY_BYTES
+        key = keys[at : at + KEY_BYTES]
+        if key != _ERASED:
+            return AESGCM(key)
     held = [keys[slot * KEY_BYTES : (slot + 1) * KEY_BYTES] for slot in map(slot_of.__getitem__, names)]
     if _ERASED in held:
         raise NotFound("The key of an entry has been deleted.", "It was forgotten; the ledger says so by now.")

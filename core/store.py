@@ -71,18 +71,19 @@ class ObjectStore:
                         continue  # made and removed again by others, between two looks at it
                     for made in path.parents[1 : len(path.parents) - len(root.parents)]:
                         _sync(made)
-                draft = path.with_name(f"{path.name}#{secrets.randbits(63)}")  # a form that listing passes over
+                draft = f"{path}#{secrets.randbits(63)}"  # a form that listing passes over
                 try:
-                    with draft.open("xb") as file:
+                    with open(draft, "xb") as file:  # not a Path: there are thousands a second
                         file.write(data)
                         file.flush()
                         os.fsync(file.fileno())
-                    draft.rename(path)
+                    os.rename(draft, path)
                     return path.parent
                 except FileNotFoundError:
                     continue  # a delete has just removed the empty folder
-                finally:
-                    draft.unlink(missing_ok=True)
+                except BaseException:
+                    Path(draft).unlink(missing_ok=True)
+                    raise
 
         written: Path = self._call("write", key, write)
         return written

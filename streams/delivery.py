@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from riverdelta.core.errors import Unavailable
+from riverdelta.core.patience import Patience
 from riverdelta.core.settings import Settings
 
 from .dead_letters import headers_of
 from .items import DeadLetter
-from .patience import Patience
 
 _SECONDS = 10.0
 _KEPT_BYTES = 1024  # of a value that the topic does not take
@@ -42,7 +42,7 @@ class Delivery:
         """Return once the topic holds every letter; waits while the broker is away (`Stopped` ends the wait)."""
         left = [(letter, True) for letter in letters]
         while left:
-            left = self._patience.until(partial(self._attempt, left), f"dead letters to {self._topic}")
+            left = self._patience(partial(self._attempt, left), f"dead letters to {self._topic}")
 
     def _attempt(self, letters: Sequence[tuple[DeadLetter, bool]]) -> list[tuple[DeadLetter, bool]]:
         """Those that must be sent again, shortened; `Unavailable` when any did not arrive for another reason."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from riverdelta.core.curation import Curation
 from riverdelta.core.errors import Conflict, NotFound, Refused
+from riverdelta.core.patience import Patience
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry.ledger import AdapterRecord, Ledger
@@ -17,7 +18,6 @@ from riverdelta.registry.ledger import AdapterRecord, Ledger
 from .admission import CURATED, Admission
 from .items import EXAMPLE, FEEDBACK, DeadLetter, Item, Parcel, Where
 from .joining import Joins
-from .patience import Patience
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class Owner:
             )
 
     def _read(self, action: Callable[[], T]) -> T:
-        return self._patience.until(action, "reading the ledger")
+        return self._patience(action, "reading the ledger")
 
     def _may_be_barred(self, state: Admission, item: Item) -> bool:
         return (

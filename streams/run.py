@@ -1,5 +1,6 @@
 """The dataflow: read ▸ sort into buckets ▸ admit, one owner per bucket ▸ commit."""
 
+import gc
 import logging
 import signal
 import threading
@@ -14,6 +15,7 @@ from bytewax.dataflow import Dataflow
 
 from riverdelta.core.errors import BadInput
 from riverdelta.core.keys import SubjectKey
+from riverdelta.core.patience import Patience, Stopped
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import set_up_logs
@@ -23,9 +25,9 @@ from riverdelta.registry.wakeups import Wakeups
 
 from . import topics
 from .delivery import Delivery
+from .ending import Ending
 from .intake import Intake
 from .metrics import Metrics
-from .patience import Ending, Patience, Stopped
 from .source import Reader, Source
 from .stage import Owned, Stage
 from .worker import Worker
@@ -49,14 +51,14 @@ def run(settings: Settings, addresses: list[str], index: int) -> None:
     wakeups = Wakeups(settings)
     ledger = None
     try:
-        ledger = patience.until(lambda: Ledger.open(settings.ledger_url), "opening the ledger")
+        ledger = patience(lambda: Ledger.open(settings.ledger_url), "opening the ledger")
         buckets = _fixed_buckets(settings, ledger)
-        patience.until(lambda: topics.ensure(settings), "looking at the topics")
+        patience(lambda: topics.ensure(settings), "looking at the topics")
         worker = Worker(
             settings,
             ledger,
             ObjectStore(settings.store_url),
-            patience.until(lambda: KeyStore.open(settings), "opening the key store"),
+            patience(lambda: KeyStore.open(settings), "opening the key store"),
             Delivery(settings, patience),
             patience,
             metrics,
@@ -68,6 +70,7 @@ def run(settings: Settings, addresses: list[str], index: int) -> None:
         floors = partial(_floors, ledger, patience, buckets)
         record = partial(_record, ledger, patience)
         source = Source(lambda number, count: Reader(settings, number, count, floors, record, ending, metrics))
+        _spare_the_collector()
         cluster_main(dataflow(source, intake, stage), addresses, index, epoch_interval=_EPOCH)  # type: ignore[no-untyped-call]
         stage.close(settings.running().get("embedded") == "true")
     except Stopped:
@@ -90,6 +93,14 @@ def dataflow(source: Source, intake: Intake, stage: "Stage") -> Dataflow:
     return flow
 
 
+def _spare_the_collector() -> None:
+    """Open entries are many and long-lived, and none is part of a circle: looking at them all again and again costs an
+    eighth of the work."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 def _fixed_buckets(settings: Settings, ledger: Ledger) -> int:
     """The number of buckets, which recorded positions rest on: it cannot change in the life of a ledger."""
     asked = settings.streams.buckets
@@ -103,7 +114,7 @@ def _fixed_buckets(settings: Settings, ledger: Ledger) -> int:
 
 def _floors(ledger: Ledger, patience: Patience, buckets: int, run: str) -> dict[int, int]:
     """Per partition, the lowest position of any bucket; none for a partition that not every bucket has recorded."""
-    positions = patience.until(lambda: ledger.positions(run), "reading the ledger")
+    positions = patience(lambda: ledger.positions(run), "reading the ledger")
     held: dict[int, list[int]] = {}
     for (partition, _), offset in positions.items():
         held.setdefault(partition, []).append(offset)
@@ -111,4 +122,4 @@ def _floors(ledger: Ledger, patience: Patience, buckets: int, run: str) -> dict[
 
 
 def _record(ledger: Ledger, patience: Patience, gap: Gap) -> None:
-    patience.until(lambda: ledger.record_gap(gap), "recording a gap")
+    patience(lambda: ledger.record_gap(gap), "recording a gap")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from riverdelta.core.errors import StaleEpoch
+from riverdelta.core.patience import Patience
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry import contents
 from riverdelta.registry.keystore import KeyStore
@@ -22,7 +23,6 @@ from riverdelta.registry.written import Written
 from .admission import Admission, Draft
 from .metrics import Metrics
 from .owner import Owner
-from .patience import Patience
 
 log = logging.getLogger(__name__)
 _AT_ONCE = 128  # seals in a transaction: others wait for the ledger's write lock meanwhile
@@ -125,10 +125,10 @@ class Sealer:
         self._look_at = at + _LOOK_SECONDS
         if len(lingering) > _LOOKED_AT:
             lingering = random.sample(lingering, _LOOKED_AT)
-        behind = self._patience.until(lambda: self._ledger.behind(lingering), "reading the ledger")
+        behind = self._patience(lambda: self._ledger.behind(lingering), "reading the ledger")
         early = dict.fromkeys(set(lingering) - behind, "linger")
         if behind:
-            drifting = self._patience.until(lambda: self._ledger.drifting(sorted(behind)), "reading the ledger")
+            drifting = self._patience(lambda: self._ledger.drifting(sorted(behind)), "reading the ledger")
             early |= dict.fromkeys(drifting, "drift")
         return early
 
@@ -167,7 +167,7 @@ class Sealer:
             if not kept:
                 continue
             made = [ask.encrypted() for ask in kept]
-            results = self._patience.until(partial(self._record, made), "sealing")
+            results = self._patience(partial(self._record, made), "sealing")
             for ask, result in zip(kept, results, strict=True):
                 done[ask.name] = result
                 if isinstance(result, Exception):
@@ -184,12 +184,12 @@ class Sealer:
         self._metrics.refused.labels(type(why).__name__).inc()
         number = state.next_segment
         again = self._owner.refresh if isinstance(why, StaleEpoch) else self._owner.reload
-        self._patience.until(lambda: again(state), "reading the ledger")
+        self._patience(lambda: again(state), "reading the ledger")
         # The refused may be our own, sealed by a transaction whose acknowledgement was lost.
-        segments = self._patience.until(lambda: self._ledger.segments(state.name, number), "reading the ledger")
+        segments = self._patience(lambda: self._ledger.segments(state.name, number), "reading the ledger")
         named = {segment.keyring for segment in segments}
         unused = [ask for ask in asks if ask.name not in named]
         delete = partial(self._keys.delete, [ask.name for ask in unused])
-        self._patience.until(delete, "deleting unused keys")
+        self._patience(delete, "deleting unused keys")
         for ask in unused:
-            self._patience.until(partial(self._store.delete, ask.payload), "deleting an unused payload")
+            self._patience(partial(self._store.delete, ask.payload), "deleting an unused payload")

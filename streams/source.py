@@ -21,10 +21,10 @@ from riverdelta.core.errors import BadInput, Corrupt, Unavailable
 from riverdelta.core.settings import Settings
 from riverdelta.registry.ledger import Gap
 
+from .ending import Ending
 from .intake import Read, Record
 from .items import Where
 from .metrics import Metrics
-from .patience import Ending
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 from bytewax.operators import StatefulBatchLogic
 from bytewax.outputs import DynamicSink, StatelessSinkPartition
 
+from riverdelta.core.patience import Stopped
+
+from .ending import Ending
 from .items import Parcel
-from .patience import Ending, Stopped
 from .worker import Worker
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 
 from riverdelta.core.errors import NotFound, RiverdeltaError
+from riverdelta.core.patience import Patience
 from riverdelta.core.settings import Settings, new_holder
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry.keystore import KeyStore
@@ -16,7 +17,6 @@ from .delivery import Delivery
 from .items import DeadLetter, Parcel, Where
 from .metrics import Metrics
 from .owner import Owner
-from .patience import Patience
 from .sealing import Sealer
 
 log = logging.getLogger(__name__)
@@ -59,14 +59,14 @@ class Worker:
         """Decide a parcel's events. Fences are looked for once per read: what was forgotten before is not learned."""
         reader, serial = parcel.read
         if parcel.items and self._looked_for.get(reader) != serial:
-            self._patience.until(self._look, "reading the ledger")
+            self._patience(self._look, "reading the ledger")
             self._looked_for[reader] = serial
         self.owner.take(parcel, self._clock())
 
     def commit(self, trigger: str = "") -> None:
         """Deliver dead letters, then seal what is due (or, with a `trigger`, all), then record positions."""
         at = self._clock()
-        self._patience.until(lambda: self._hold_lease(at), "renewing the lease")
+        self._patience(lambda: self._hold_lease(at), "renewing the lease")
         if at - self._tidied > _TIDY_SECONDS:
             self._tidy(at)
         if self.owner.dead:
@@ -112,10 +112,8 @@ class Worker:
     # -- fences ----------------------------------------------------------------------------------------------------
 
     def _take_lease(self) -> None:
-        fence = self._patience.until(
-            lambda: self._ledger.take_lease(self._holder, "stream", LEASE_SECONDS), "taking a lease"
-        )
-        self._patience.until(lambda: self.owner.start_at(fence), "reading the ledger")
+        fence = self._patience(lambda: self._ledger.take_lease(self._holder, "stream", LEASE_SECONDS), "taking a lease")
+        self._patience(lambda: self.owner.start_at(fence), "reading the ledger")
         self._acked = fence
 
     def _look(self) -> None:
@@ -149,7 +147,7 @@ class Worker:
             floors.append((bucket.recorded, moved))
             moves.update({(run, partition, bucket.number): at for (run, partition), at in moved.items()})
         if moves:
-            self._patience.until(lambda: self._ledger.move_positions(moves), "recording positions")
+            self._patience(lambda: self._ledger.move_positions(moves), "recording positions")
             for recorded, moved in floors:
                 recorded.update(moved)
 

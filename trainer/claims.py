@@ -5,9 +5,8 @@ import threading
 from collections.abc import Sequence
 
 from riverdelta.core.errors import Unavailable
+from riverdelta.core.patience import Patience
 from riverdelta.registry.ledger import Ledger
-
-from .patience import Patience
 
 log = logging.getLogger(__name__)
 

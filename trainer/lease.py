@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable
 
 from riverdelta.core.errors import NotFound, Unavailable
+from riverdelta.core.patience import Patience
 from riverdelta.registry.ledger import Ledger
-
-from .patience import Patience
 
 log = logging.getLogger(__name__)
 

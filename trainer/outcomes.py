@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from riverdelta.core.errors import Conflict, RiverdeltaError
+from riverdelta.core.patience import Patience
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore, state_key, weights_key
 from riverdelta.registry.ledger import Cause, Increment, Ledger, Work
@@ -14,7 +15,6 @@ from riverdelta.registry.written import Written
 from .increment import Candidate
 from .making import Made
 from .metrics import Metrics
-from .patience import Patience
 
 log = logging.getLogger(__name__)
 

@@ -30,9 +30,10 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
         signal.signal(signal.SIGTERM, leave)
         signal.signal(signal.SIGINT, leave)
 
+    from riverdelta.core.patience import Stopped
+
     from .base import Base
     from .metrics import Metrics
-    from .patience import Stopping
     from .worker import Worker
 
     options = settings.trainer
@@ -70,7 +71,7 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
                     wake.wait(options.poll_seconds)
         finally:
             worker.close()
-    except Stopping:
+    except Stopped:
         pass
     finally:
         wakeups.close()

@@ -10,6 +10,7 @@ from statistics import fmean
 
 from riverdelta.core.digests import digest_of
 from riverdelta.core.errors import Corrupt, NotFound, RiverdeltaError, Unavailable
+from riverdelta.core.patience import Patience
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Hand, Ledger, Work
@@ -26,7 +27,6 @@ from .making import Making, begin
 from .metrics import Metrics
 from .outcomes import Outcomes
 from .packing import packs_exactly
-from .patience import Patience
 
 log = logging.getLogger(__name__)
 

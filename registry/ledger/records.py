@@ -94,8 +94,12 @@ class Manifest(msgspec.Struct, frozen=True):
     @property
     def digest(self) -> str:
         """SHA-256 of what never changes of it: everything but which entries are tombstones."""
+        return self.digest_as(self.pack())
+
+    def digest_as(self, packed: bytes) -> str:
+        """The same, of one that is packed already."""
         if not any(entry.tombstone for entry in self.entries):
-            return sha256(self.pack())
+            return sha256(packed)
         born = tuple(msgspec.structs.replace(entry, tombstone=False) for entry in self.entries)
         return sha256(msgspec.structs.replace(self, entries=born).pack())
 

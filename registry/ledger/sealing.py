@@ -157,8 +157,16 @@ class _Batch:
             )
         entries = seal.manifest.entries
         tombstones = sum(entry.tombstone for entry in entries)
+        packed = seal.manifest.pack()
         change = decisions.decide_seal(
-            head, seal.epoch, seal.first, len(entries), tombstones, seal.trigger, seal.root, seal.manifest.digest
+            head,
+            seal.epoch,
+            seal.first,
+            len(entries),
+            tombstones,
+            seal.trigger,
+            seal.root,
+            seal.manifest.digest_as(packed),
         )
         for (run, partition), (expected, _) in seal.consumed.items():
             held = self.consumed.get((head.name, run, partition), 0)
@@ -183,7 +191,7 @@ class _Batch:
             keyring=seal.keyring,
             root=seal.root,
         )
-        self.segments.append({**vars(segment), "manifest": seal.manifest.pack()})
+        self.segments.append({**vars(segment), "manifest": packed})
         self.mentions += [(mention, head.name, segment.number) for mention in sorted(seal.manifest.mentions)]
         rows = fact_rows(head, self.chains[head.name], change.facts, self.at, self.actor, "")
         self.facts += rows

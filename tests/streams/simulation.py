@@ -18,6 +18,7 @@ import msgspec
 
 from riverdelta.core.errors import Unavailable
 from riverdelta.core.keys import SubjectKey
+from riverdelta.core.patience import Patience
 from riverdelta.core.recipe import Recipe, Seal
 from riverdelta.core.settings import Settings, Streams
 from riverdelta.registry import contents, gc, written
@@ -25,7 +26,6 @@ from riverdelta.registry.ledger import Ledger
 from riverdelta.streams.intake import Intake, Read, Record
 from riverdelta.streams.items import Where
 from riverdelta.streams.metrics import Metrics
-from riverdelta.streams.patience import Patience
 from riverdelta.streams.run import _floors
 from riverdelta.streams.worker import Worker
 
@@ -41,7 +41,7 @@ SUBJECTS = ("ann", "ben", "cat", "dan")
 class Hasty(Patience):
     """Tries again at once."""
 
-    def until(self, action: Callable[[], Any], what: str) -> Any:
+    def __call__(self, action: Callable[[], Any], what: str = "") -> Any:
         while True:
             try:
                 return action()

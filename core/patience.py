@@ -1,52 +1,32 @@
-"""Patience: try again while a part is away, until it answers or the dataflow is told to stop; and how it ends."""
+"""Patience: an action is tried again while a part is away, until it answers or the process is told to stop."""
 
 import logging
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    sleep_using_event,
-    wait_exponential,
-)
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, wait_exponential
 
-from riverdelta.core.errors import Unavailable
+from .errors import Unavailable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """The wait ended because the dataflow stops."""
-
-
-class Ending:
-    """How a dataflow ends: because it was told to stop, or with the first error."""
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self.error: Exception | None = None
-
-    def by(self, error: Exception) -> None:
-        """End because of `error`."""
-        if not isinstance(error, Stopped) and self.error is None:
-            self.error = error
-        self.stop.set()
+    """The wait ended because the process stops."""
 
 
 class Patience:
-    """Runs actions that may meet `Unavailable` parts."""
+    """Runs actions that may meet `Unavailable` parts, and says when it waits for one."""
 
     def __init__(self, stop: threading.Event, longest: float = 5.0) -> None:
         """`longest` seconds pass between two attempts at most."""
         self.stop = stop
         self._longest = longest
 
-    def until(self, action: Callable[[], T], what: str) -> T:
-        """What `action` returns, once it does; `Stopped` when the dataflow is told to stop before."""
+    def __call__(self, action: Callable[[], T], what: str = "") -> T:
+        """What `action` returns, once it does; `Stopped` when told to stop before. `what` says what is being done."""
         trying = Retrying(
             retry=retry_if_exception_type(Unavailable),
             wait=wait_exponential(multiplier=0.1, max=self._longest),
@@ -57,14 +37,14 @@ class Patience:
         )
         done: T = trying(action)
         if trying.statistics.get("attempt_number", 1) > 1:
-            log.info("%s: going on", what)
+            log.info("%s", f"{what}: going on" if what else "Going on")
         return done
 
 
 def _tell(state: RetryCallState, what: str) -> None:
     if state.attempt_number in (1, 5) or state.attempt_number % 20 == 0:
         error = state.outcome.exception() if state.outcome else None
-        log.warning("%s: waiting. %s", what, error)
+        log.warning("%s %s", f"{what}: waiting." if what else "Waiting:", error)
 
 
 def _stopped(state: RetryCallState) -> None:
