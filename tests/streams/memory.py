@@ -81,6 +81,9 @@ class MemoryLedger:
     def behind(self, names: Sequence[str]) -> set[str]:
         return {name for name in names if self.log.get(name)}
 
+    def drifting(self, names: Sequence[str]) -> set[str]:
+        return {name for name in names if len(self.log.get(name, ())) % 3 == 0}
+
     def manifests(self, adapter: str, index: int = 0) -> list[tuple[SegmentRecord, Manifest]]:
         return [(segment, held) for segment, held in self.log[adapter] if segment.first + segment.count > index]
 

@@ -46,12 +46,12 @@ def test_a_rare_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("bug", sorted(PLANTED.keys() - RARE.keys()))
 def test_a_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PLANTED[bug](monkeypatch)
-    for seed in range(600):
+    for seed in range(1500):
         try:
             check(simulate(seed))
         except (Wrong, AssertionError, KeyError):
             return
-    pytest.fail("600 schedules did not catch it")
+    pytest.fail("1500 schedules did not catch it")
 
 
 class RealLedger:
