@@ -67,12 +67,14 @@ def check(stack: Stack, horizon: int) -> None:
 
 acts = st.lists(
     st.one_of(
+        st.tuples(st.just("learn"), st.sampled_from(SUBJECTS)),
+        st.tuples(st.just("learn"), st.sampled_from(SUBJECTS)),
         st.tuples(st.just("seal"), st.sampled_from(SUBJECTS)),
         st.tuples(st.just("train"), st.just("")),
         st.tuples(st.just("gc"), st.just("")),
         st.tuples(st.sampled_from(["forget", "purge", "rollback", "resume"]), st.sampled_from(SUBJECTS)),
     ),
-    min_size=6,
+    min_size=8,
     max_size=24,
 )
 
@@ -84,11 +86,11 @@ def test_gc_never_touches_what_is_needed(done: list[tuple[str, str]], horizon: i
         stack = stack_of(Path(folder), horizon=horizon, every=every, targets=targets)
         for number, (act, who) in enumerate([("seal", "ann"), ("train", ""), *done, ("gc", "")]):
             ledger = stack.ledger
-            if act == "seal":
+            if act in ("seal", "learn"):
                 seal(stack, who)
-            elif act == "train":
+            if act in ("train", "learn"):
                 stack.train("acme")
-            elif act == "gc":
+            if act == "gc":
                 pending = bool(ledger.forgets(unfinished=True))
                 before = there(stack)
                 found = collect(ledger, stack.store, stack.keys, 0.0)
@@ -107,7 +109,7 @@ def test_gc_never_touches_what_is_needed(done: list[tuple[str, str]], horizon: i
                     ledger.rollback("acme", None, "test")
                 except Refused:
                     continue
-            else:
+            elif act == "resume":
                 try:
                     ledger.resume("acme", "tip" if len(who) == 2 else "continue", "test")
                 except Conflict:
