@@ -122,7 +122,7 @@ def main() -> None:
         tiny = given.base == "tiny"
         folder = make_tiny("llama", Path(root) / "tiny") if tiny else Path(given.base)
         base = Base.load(gemma_folder(print) if given.base == "gemma" else folder)
-        recipe = Recipe.from_dict({"training": {"passes": given.passes}})
+        recipe = Recipe.from_dict({"training": {"passes": given.passes, "steps": 1}})
         entries = contents(given.entries)
         run(base, recipe, entries, "bare", Path(root))
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}

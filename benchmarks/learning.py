@@ -2,11 +2,12 @@
 
 Tenants of `tenants` live through segments of facts, tickets and small talk, with updates and a drift. Everybody sees
 the same segments in order, and all are asked the same things at five checkpoints: facts as they are now, in a wording
-that was never taught, new tickets and new small talk. Retraining starts from the base at every checkpoint, on all that
-there is, with the passes that suited it best. Compute is counted in tokens through the base, a trained token as three
+that was never taught, new tickets and new small talk. Ours is the default recipe, gate and drift included; sequential
+LoRA is the same without rehearsal. Retraining starts from the base at every checkpoint, on all that there is, with the
+passes and rate of a grid that suited it best. Compute is counted in tokens through the base, a trained token as three
 scored ones, the gate's own scoring included.
 
-    python -m benchmarks.learning [--quick] [--base FOLDER] [--tenants 1] [--seed 0]
+    python -m benchmarks.learning [--quick] [--base FOLDER] [--tenants 1] [--seed 0] [--jobs 2]
 
 `--quick` takes the small base (`small_base`); without it, Gemma-3-270M from the demo extra.
 """
@@ -15,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,6 +34,7 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.registry.ledger import Hand
 from riverdelta.trainer.adapter import AdapterWeights
 from riverdelta.trainer.base import Base, Member
+from riverdelta.trainer.drift import Usual, budgeted
 from riverdelta.trainer.gate import Gate, usual_of
 from riverdelta.trainer.increment import Learner, row_of, step
 from riverdelta.trainer.layout import Row, arrange, bucket
@@ -39,12 +42,10 @@ from riverdelta.trainer.scoring import score, tiles
 
 CHECKPOINTS = 5
 RIVALS = ("base", "sequential", "ours", "retrain")
-# What suits a base: the small one has to be pushed harder. The same for every rival.
-SHAPES: dict[bool, dict[str, Any]] = {
-    True: {"training": {"max_length": 96}, "optimiser": {"learning_rate": 0.01}},
-    False: {"training": {"max_length": 96}},
-}
-GRID = (5, 10, 20)
+KINDS = ("fact", "ticket", "style")
+LONGEST = 96
+# Passes, and the rate as a share of the recipe's, among which retraining has its choice.
+GRID = ((5, 2.0), (10, 1.0), (20, 0.5))
 
 
 @dataclass
@@ -54,20 +55,27 @@ class Life:
     weights: AdapterWeights | None = None
     files: tuple[bytes | None, bytes | None] = (None, None)
     earlier: list[bytes | None] = field(default_factory=list)
-    usual: list[float] = field(default_factory=list)
+    usual: list[Usual] = field(default_factory=list)
     compute: float = 0.0
     prequential: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
-    right: list[float] = field(default_factory=list)
+    right: list[dict[str, float]] = field(default_factory=list)  # per kind, and of all
     then: dict[int, float] = field(default_factory=dict)  # per segment, its facts right after it was learned
+    backward: float | None = None
+    drifts: int = 0
     rejected: int = 0
+
+    @property
+    def told(self) -> Life:
+        """Without weights and entries: what another process is told."""
+        return replace(self, weights=None, files=(None, None), earlier=[])
 
 
 class Bench:
     """One tenant, one base."""
 
-    def __init__(self, base: Base, shape: dict[str, Any], seed: int, segments: int, size: int) -> None:
-        self.base, self.shape, self.seed = base, shape, seed
+    def __init__(self, base: Base, seed: int, segments: int, size: int) -> None:
+        self.base, self.seed = base, seed
         self.tenant = Tenant(seed)
         self.stream: list[list[Asked]] = []
         self.exams: list[list[Asked]] = []
@@ -95,26 +103,33 @@ class Bench:
 
     def rows(self, asked: Sequence[Asked]) -> list[Row]:
         """Token ids of entries."""
-        return [row for one in asked if (row := row_of(self.base.tokenizer, one.content, 96)) is not None]
+        return [row for one in asked if (row := row_of(self.base.tokenizer, one.content, LONGEST)) is not None]
 
     def losses(self, life: Life, asked: Sequence[Asked]) -> float:
         """The mean loss of some entries, in nats a token."""
         return fmean(each.loss for each in score(self.base, life.weights, self.rows(asked)))
 
-    def recipe(self, **training: Any) -> Recipe:
-        """The rivals' recipe."""
-        return Recipe.from_dict({**self.shape, "training": {**self.shape["training"], **training}})
+    def recipe(self, rate: float = 1.0, **training: Any) -> Recipe:
+        """The default recipe, or what of it is said."""
+        rated = {"learning_rate": rate * Recipe().optimiser.learning_rate}
+        return Recipe.from_dict({"optimiser": rated, "training": {"max_length": LONGEST, **training}})
 
     def examine(self, life: Life, checkpoint: int) -> None:
         """Ask everything of a checkpoint."""
-        life.loss.append(self.losses(life, self.exams[checkpoint]))
-        life.right.append(right(self.base, life.weights, self.rows(self.exams[checkpoint])))
+        exam = self.exams[checkpoint]
+        life.loss.append(self.losses(life, exam))
+        hits = [
+            right(self.base, life.weights, self.rows([one]), whole=one.kind != "style")  # a reply's words are drawn
+            for one in exam
+        ]
+        known = {kind: [hit for hit, one in zip(hits, exam, strict=True) if one.kind == kind] for kind in KINDS}
+        life.right.append({"all": fmean(hits), **{kind: fmean(each) for kind, each in known.items() if each}})
 
     def facts_of(self, segment: int) -> list[Asked]:
         """What a segment taught first and nothing has changed since, in other words."""
         return [self.tenant.ask(*key, 2) for key in self.known[segment] if key not in self.changed]
 
-    def live(self, rival: str, told: Any) -> Life:
+    def live(self, rival: str) -> Life:
         """The base, sequential LoRA, or ours, through the stream."""
         life = Life()
         recipe = self.recipe(**({"rehearse": 0} if rival == "sequential" else {}))
@@ -126,12 +141,13 @@ class Bench:
                     life.then[number] = right(self.base, life.weights, self.rows(facts))
             if number % self.every == self.every - 1:
                 self.examine(life, number // self.every)
-            told(f"{rival}: segment {number + 1} of {len(self.stream)}")
+        life.backward = self.backward(life)
         return life
 
     def learn(self, life: Life, recipe: Recipe, said: Sequence[Asked], gated: bool) -> None:
         """One increment."""
         entries = [one.content for one in said]
+        recipe = budgeted(recipe, life.usual)
         learner = Learner(self.base, recipe, self.seed, entries, life.earlier, *life.files)
         gate = Gate(self.base, recipe, self.seed, learner, life.earlier, life.usual, Hand.NONE) if gated else None
         while not learner.done:
@@ -144,34 +160,19 @@ class Bench:
                 life.rejected += 1
                 return
             life.usual += usual_of([judged.metrics])
+            life.drifts += judged.metrics.get("drift", 0)
         made = learner.candidate()
         life.files, life.weights = (made.weights, made.state), learner.weights
         life.earlier += entries
 
-    def retrain(self, told: Any) -> Life:
-        """From the base at every checkpoint, on all there is; the passes are chosen at the last one."""
-        everything = [one for said in self.stream for one in said]
-        last = {}
-        for passes in GRID:
-            trial = Life()
-            self.learn(trial, self.recipe(rehearse=0, passes=passes), everything, gated=False)
-            last[passes] = (self.losses(trial, self.exams[-1]), trial)
-            told(f"retrain: {passes} passes, loss {last[passes][0]:.3f}")
-        best = min(GRID, key=lambda passes: last[passes][0])
+    def retrain(self, checkpoint: int, passes: int, rate: float) -> Life:
+        """From the base, on all there is at a checkpoint; prequential losses are those of what comes after it."""
+        until = (checkpoint + 1) * self.every
         life = Life()
-        for checkpoint in range(CHECKPOINTS):
-            first = checkpoint * self.every
-            for number in range(first, first + self.every):
-                life.prequential.append(self.losses(life, self.stream[number]))
-            if checkpoint == CHECKPOINTS - 1:
-                made = last[best][1]
-            else:
-                so_far = [one for said in self.stream[: first + self.every] for one in said]
-                made = Life()
-                self.learn(made, self.recipe(rehearse=0, passes=best), so_far, gated=False)
-            life.weights, life.compute = made.weights, life.compute + made.compute
-            self.examine(life, checkpoint)
-            told(f"retrain: checkpoint {checkpoint + 1} of {CHECKPOINTS}")
+        everything = [one for said in self.stream[:until] for one in said]
+        self.learn(life, self.recipe(rate, rehearse=0, passes=passes), everything, gated=False)
+        self.examine(life, checkpoint)
+        life.prequential = [self.losses(life, said) for said in self.stream[until : until + self.every]]
         return life
 
     def backward(self, life: Life) -> float | None:
@@ -186,9 +187,10 @@ class Bench:
 
 
 @torch.no_grad()
-def right(base: Base, weights: AdapterWeights | None, rows: Sequence[Row]) -> float:
-    """The share of rows whose whole answer greedy decoding gives."""
-    hits = 0
+def right(base: Base, weights: AdapterWeights | None, rows: Sequence[Row], whole: bool = True) -> float:
+    """The share of rows whose whole answer greedy decoding gives or, not `whole`, of their tokens, each after the
+    right ones."""
+    hits = 0.0
     for row in rows:
         batch = arrange([[row]], filler=0)
         tokens, positions, keep, targets = (
@@ -197,9 +199,10 @@ def right(base: Base, weights: AdapterWeights | None, rows: Sequence[Row]) -> fl
         )
         member = Member(weights.pairs() if weights is not None else {}, len(batch.tokens))
         hidden = base.hidden(tokens, positions, [member], batch.blocks)[keep]
-        hits += all(
-            bool((base.logits(places).argmax(-1) == wanted)[:n].all()) for n, (places, wanted) in tiles(hidden, targets)
+        agree = torch.cat(
+            [(base.logits(places).argmax(-1) == wanted)[:n] for n, (places, wanted) in tiles(hidden, targets)]
         )
+        hits += float(agree.all() if whole else agree.float().mean())
     return hits / len(rows)
 
 
@@ -237,15 +240,36 @@ def mean(lives: Sequence[Sequence[float]]) -> list[float]:
     return [round(fmean(points), 4) for points in zip(*lives, strict=True)]
 
 
+Job = tuple[int, str, int, int, float]  # tenant, rival, and for retraining checkpoint, passes and rate
+_benches: dict[int, Bench] = {}
+
+
+def begin(folder: Path, dtype: str, threads: int, given: tuple[int, int, int, int]) -> None:
+    """In a process of its own: load the base and make the tenants."""
+    base = Base.load(folder, dtype=dtype, threads=threads)
+    tenants, seed, segments, size = given
+    for number in range(tenants):
+        _benches[number] = Bench(base, seed + number, segments, size)
+
+
+def do(job: Job) -> tuple[Job, Life]:
+    """Live a life, or a retraining's part of one."""
+    number, rival, *how = job
+    bench = _benches[number]
+    life = bench.retrain(*how) if rival == "retrain" else bench.live(rival)
+    return job, life.told
+
+
 def main() -> None:
     """Run it and print a table, JSON last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--quick", action="store_true", help="the small base, in five minutes")
     parser.add_argument("--base", type=Path, help="another base model's folder")
     parser.add_argument("--tenants", type=int, default=1)
-    parser.add_argument("--segments", type=int, default=10)
+    parser.add_argument("--segments", type=int, default=30)
     parser.add_argument("--size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--dtype", default="float32", help="of the base's products; bfloat16 where the CPU has it")
     given = parser.parse_args()
     began = time.monotonic()
@@ -259,54 +283,95 @@ def main() -> None:
         folder = gemma_folder(told)
     else:
         folder = given.base or small_base(told)
-    base = Base.load(folder, dtype=given.dtype)
-    lives: dict[str, list[Life]] = {rival: [] for rival in RIVALS}
-    backward: list[float] = []
-    for number in range(given.tenants):
-        bench = Bench(base, SHAPES[given.quick], given.seed + number, given.segments, given.size)
-        for rival in RIVALS[:3]:
-            lives[rival].append(bench.live(rival, told))
-        lives["retrain"].append(bench.retrain(told))
-        if (moved := bench.backward(lives["ours"][-1])) is not None:
-            backward.append(moved)
+    began = time.monotonic()
+    shape = (given.tenants, given.seed, given.segments, given.size)
+    last = CHECKPOINTS - 1
+    tenants = range(given.tenants)
+    jobs: list[Job] = [(n, "retrain", last, *how) for n in tenants for how in reversed(GRID)]
+    jobs += [(n, rival, 0, 0, 0.0) for n in tenants for rival in ("ours", "sequential", "base")]
+    done: dict[Job, Life] = {}
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(given.jobs, begin, (folder, given.dtype, 1, shape)) as pool:
+
+        def all_of(some: list[Job]) -> None:
+            for job, life in pool.imap_unordered(do, some):
+                done[job] = life
+                told(f"{job}: loss {life.loss[-1]:.3f}")
+
+        all_of(jobs)
+        best = min(GRID, key=lambda how: fmean(done[n, "retrain", last, *how].loss[0] for n in tenants))
+        all_of([(n, "retrain", checkpoint, *best) for n in tenants for checkpoint in reversed(range(last))])
+    report(given, folder, done, best, time.monotonic() - began)
+
+
+def again(done: dict[Job, Life], number: int, best: tuple[int, float]) -> Life:
+    """A tenant's five retrainings as one life; before the first, it is the base's."""
+    parts = [done[number, "retrain", checkpoint, *best] for checkpoint in range(CHECKPOINTS)]
+    base = done[number, "base", 0, 0, 0.0].prequential
+    first = base[: len(base) // CHECKPOINTS]
+    return Life(
+        compute=sum(part.compute for part in parts),
+        prequential=[*first, *(loss for part in parts[:-1] for loss in part.prequential)],
+        loss=[part.loss[0] for part in parts],
+        right=[part.right[0] for part in parts],
+    )
+
+
+def report(
+    given: argparse.Namespace, folder: Path, done: dict[Job, Life], best: tuple[int, float], seconds: float
+) -> None:
+    """Keep the figures and the plot, print the table and the JSON."""
+    tenants = range(given.tenants)
+    lives = {rival: [done[n, rival, 0, 0, 0.0] for n in tenants] for rival in RIVALS[:3]}
+    lives["retrain"] = [again(done, n, best) for n in tenants]
     loss = {rival: fmean(each for life in lives[rival] for each in life.loss) for rival in RIVALS}
     # To retrain at every segment costs as much a token as at a checkpoint, on 1 + 2 + ... segments.
     each = given.segments // CHECKPOINTS
     per_segment = sum(range(1, given.segments + 1)) / (each * sum(range(1, CHECKPOINTS + 1)))
     spent = {rival: sum(life.compute for life in lives[rival]) for rival in RIVALS}
+    backward = [life.backward for life in lives["ours"] if life.backward is not None]
+    rivals = {
+        rival: {
+            "loss": mean([life.loss for life in lives[rival]]),
+            "right": mean([[exam["all"] for exam in life.right] for life in lives[rival]]),
+            "kinds": {kind: round(fmean(life.right[-1][kind] for life in lives[rival]), 4) for kind in KINDS},
+            "prequential": mean([life.prequential for life in lives[rival]]),
+            "compute": spent[rival],
+        }
+        for rival in RIVALS
+    }
     figures = {
         "base": folder.name,
+        "dtype": given.dtype,
         "tenants": given.tenants,
         "segments": given.segments,
         "entries": given.size,
-        "seconds": round(time.monotonic() - began, 1),
-        "rivals": {
-            rival: {
-                "loss": mean([life.loss for life in lives[rival]]),
-                "right": mean([life.right for life in lives[rival]]),
-                "prequential": mean([life.prequential for life in lives[rival]]),
-                "compute": spent[rival],
-            }
-            for rival in RIVALS
-        },
+        "seconds": round(seconds, 1),
+        "rivals": rivals,
+        "retrain_choice": {"passes": best[0], "rate": best[1] * Recipe().optimiser.learning_rate},
+        "retrain_tried": [
+            {"passes": p, "rate": r, "loss": fmean(done[n, "retrain", CHECKPOINTS - 1, p, r].loss[0] for n in tenants)}
+            for p, r in GRID
+        ],
         "rejected": sum(life.rejected for life in lives["ours"]),
+        "drifts": sum(life.drifts for life in lives["ours"]),
         "loss_vs_retrain_pct": round(100 * (loss["ours"] / loss["retrain"] - 1), 1),
         "compute_vs_retrain_pct": round(100 * spent["ours"] / spent["retrain"], 1),
         "compute_vs_retrain_every_segment_pct": round(100 * spent["ours"] / (spent["retrain"] * per_segment), 1),
         "backward_transfer": round(fmean(backward), 1) if backward else None,
     }
     name = "learning_quick" if given.quick else "learning"
-    plot(figures, RESULTS / f"{name}.png")
     write_result(name, " ".join(["python -m benchmarks.learning", *sys.argv[1:]]), figures)
-    print(f"{'':12s}{'loss':>8s}{'right':>8s}{'preq.':>8s}{'compute':>10s}")
-    for rival in RIVALS:
-        held = figures["rivals"][rival]  # type: ignore[index]
+    plot(figures, RESULTS / f"{name}.png")
+    print(f"{'':12s}{'loss':>8s}{'right':>8s}" + "".join(f"{kind:>8s}" for kind in KINDS) + f"{'compute':>10s}")
+    for rival, held in rivals.items():
+        kinds = "".join(f"{held['kinds'][kind]:8.1%}" for kind in KINDS)
         print(
-            f"{rival:12s}{held['loss'][-1]:8.3f}{held['right'][-1]:8.1%}{fmean(held['prequential']):8.3f}"
-            f"{held['compute'] / max(1.0, spent['retrain']):10.2f}"
+            f"{rival:12s}{held['loss'][-1]:8.3f}{held['right'][-1]:8.1%}{kinds}{spent[rival] / spent['retrain']:10.2f}"
         )
     wanted = ("loss_vs_retrain_pct", "compute_vs_retrain_pct", "compute_vs_retrain_every_segment_pct")
-    print(json.dumps({key: figures[key] for key in (*wanted, "backward_transfer", "rejected", "seconds")}))
+    more = ("backward_transfer", "rejected", "drifts", "seconds")
+    print(json.dumps({key: figures[key] for key in (*wanted, *more)}))
 
 
 if __name__ == "__main__":

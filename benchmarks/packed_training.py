@@ -37,7 +37,7 @@ from tests.tiny import make_tiny, make_tokenizer
 
 ROWS = 4
 LENGTHS = {"short": (16, 2), "long": (128, 16)}
-RECIPE = Recipe.from_dict({"training": {"passes": 1, "micro_batch": ROWS, "rehearse": 0}})
+RECIPE = Recipe.from_dict({"training": {"passes": 1, "steps": 1, "micro_batch": ROWS, "rehearse": 0}})
 
 
 def rows_of(seed: int, length: int, learned: int, vocabulary: int) -> list[Row]:

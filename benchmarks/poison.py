@@ -25,7 +25,7 @@ from benchmarks.tenants import Asked, Tenant, flipped, repeated, shuffled
 
 POISON = ("shuffled", "repeated", "flipped")
 RECIPE = {
-    "training": {"max_length": 96, "passes": 2, "micro_batch": 12, "rehearse": 12},
+    "training": {"max_length": 96, "passes": 2, "steps": 1, "micro_batch": 12, "rehearse": 12},
     "optimiser": {"learning_rate": 0.01},
 }
 TOLERANCES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)

@@ -43,10 +43,11 @@ class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
 class Training(Struct, frozen=True, forbid_unknown_fields=True):
     """`near` times the divergence KL(adapter || base) of the predictions joins the loss (0: the base is not asked).
 
-    `passes` over a segment, `micro_batch` of its entries to a step, and `rehearse` earlier ones with them; rows are
-    cut at `max_length` tokens."""
+    `passes` over a segment, and more until they make `steps`; `micro_batch` of its entries to a step, and `rehearse`
+    earlier ones with them; rows are cut at `max_length` tokens."""
 
-    passes: Positive = 10
+    passes: Positive = 5
+    steps: Positive = 10
     micro_batch: Positive = 8
     rehearse: Annotated[int, Meta(ge=0)] = 8
     near: Annotated[float, Meta(ge=0)] = 0.0
@@ -146,7 +147,8 @@ class Gate(Struct, frozen=True, forbid_unknown_fields=True):
 class Drift(Struct, frozen=True, forbid_unknown_fields=True):
     """What follows when the losses of entries before they are learned rise, as the gate measures them.
 
-    `delta` is the chance that it only seems so (0: nobody looks); the next increment takes `boost` times the passes.
+    `delta` is the chance that it only seems so (0: nobody looks); the next increment takes `boost` times the passes and
+    the steps.
     """
 
     delta: Annotated[float, Meta(ge=0, lt=1)] = 0.002

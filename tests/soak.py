@@ -44,7 +44,7 @@ ADAPTERS = ("ada", "bob", "cyd", "dee")
 RECIPE = Recipe.from_dict(
     {
         "lora": {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "v_proj"]},
-        "training": {"passes": 1, "micro_batch": 8, "rehearse": 4, "max_length": 64},
+        "training": {"passes": 1, "steps": 1, "micro_batch": 8, "rehearse": 4, "max_length": 64},
         "seal": {"count": 12, "age": 2.0},
     }
 )

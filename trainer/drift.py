@@ -47,11 +47,12 @@ def rose(segments: Sequence[Sequence[float]], delta: float) -> bool:
 
 
 def budgeted(recipe: Recipe, usual: Sequence[Usual]) -> Recipe:
-    """The recipe of the next increment of a lineage: with more passes where its newest segment had drifted."""
+    """The recipe of a lineage's next increment: with more passes and steps where its newest segment had drifted."""
     if not usual or not usual[-1].drift or not recipe.gate.on:
         return recipe
-    passes = round(recipe.training.passes * recipe.drift.boost)
-    return msgspec.structs.replace(recipe, training=msgspec.structs.replace(recipe.training, passes=passes))
+    training, boost = recipe.training, recipe.drift.boost
+    more = msgspec.structs.replace(training, passes=round(training.passes * boost), steps=round(training.steps * boost))
+    return msgspec.structs.replace(recipe, training=more)
 
 
 def drifted(drift: Drift, usual: Sequence[Usual], losses: Sequence[float]) -> bool:

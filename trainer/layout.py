@@ -75,13 +75,13 @@ def plan(slots: int, earlier: int, training: Training, seed: int, position: int)
     Every pass visits each slot once, in an order drawn from the adapter's seed, the pass's position and the slot. The
     earlier slots are visited evenly, in strides from a drawn start, as experience replay does (Rolnick et al., 2019).
 
-    >>> [len(batch.slots) for batch in plan(5, 0, Training(passes=2, micro_batch=2), seed=1, position=0)]
+    >>> [len(batch.slots) for batch in plan(5, 0, Training(passes=2, micro_batch=2, steps=6), seed=1, position=0)]
     [2, 2, 1, 2, 2, 1]
     """
     size, many = training.micro_batch, min(training.rehearse, earlier)
     visit, stride = seed_of(seed, "rehearse", position) % max(1, earlier), _stride(earlier)
     batches = []
-    for _ in range(training.passes):
+    for _ in range(max(training.passes, -(-training.steps // max(1, -(-slots // size))))):
         drawn = sorted(range(slots), key=lambda slot: (seed_of(seed, "order", position, slot), slot))
         for first in range(0, slots, size):
             again = sorted((visit + turn * stride) % earlier for turn in range(many))

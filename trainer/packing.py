@@ -67,7 +67,7 @@ def _steps_agree(base: Base) -> bool:
 def _learner(base: Base, number: int) -> Learner:
     """Adapters of unlike ranks, with one to three rows of unlike lengths, about to take their only step."""
     lengths = ((1, 8, 30), (2,), (4, 16))[number]
-    training = {"passes": 1, "micro_batch": len(lengths), "rehearse": 0}
+    training = {"passes": 1, "steps": 1, "micro_batch": len(lengths), "rehearse": 0}
     recipe = Recipe.from_dict({"lora": {"rank": (16, 8, 4)[number]}, "training": training})
     entries = [json.dumps({"prompt": "and " * length, "completion": "so"}).encode() for length in lengths]
     learner = Learner(base, recipe, number, entries, [], None, None)

@@ -11,6 +11,7 @@ from .river import River
 RECIPE = """
 [training]
 passes = 8
+steps = 8
 micro_batch = 2
 max_length = 64
 [seal]

@@ -36,5 +36,8 @@ def contents(count: int, seed: int = 0) -> list[bytes | None]:
 def recipe(**training: object) -> Recipe:
     """A quick recipe."""
     return Recipe.from_dict(
-        {"lora": {"rank": 4, "alpha": 8.0}, "training": {"passes": 2, "micro_batch": 3, "max_length": 64, **training}}
+        {
+            "lora": {"rank": 4, "alpha": 8.0},
+            "training": {"passes": 2, "steps": 1, "micro_batch": 3, "max_length": 64, **training},
+        }
     )

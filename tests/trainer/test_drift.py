@@ -54,10 +54,10 @@ def test_only_the_newest_segments_tell(said: list[list[float]]) -> None:
 
 
 def test_a_drift_is_worth_passes_until_the_next_segment() -> None:
-    like = Recipe.from_dict({"training": {"passes": 3}, "drift": {"boost": 1.5}})
+    like = Recipe.from_dict({"training": {"passes": 3, "steps": 5}, "drift": {"boost": 1.5}})
     calm, moved = Usual(0.1, (0.1,)), Usual(0.1, (0.1,), drift=True)
     assert [budgeted(like, usual).training.passes for usual in ([], [calm], [moved], [moved, calm])] == [3, 3, 4, 3]
-    assert budgeted(like, [moved]) == Recipe.from_dict({**like.to_dict(), "training": {"passes": 4}})
+    assert budgeted(like, [moved]) == Recipe.from_dict({**like.to_dict(), "training": {"passes": 4, "steps": 8}})
 
 
 # -- in the lineage --------------------------------------------------------------------------------------------------
