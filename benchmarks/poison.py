@@ -5,7 +5,7 @@ segments, with updates and drift, lie poisoned ones: answers shuffled, one word 
 and its recipe are the defaults; only passes and rate suit the small base (`small_base`), whose two million weights let
 hundreds of increments take minutes.
 
-    python -m benchmarks.poison [--tenants 10] [--good 31] [--poison 5] [--size 12] [--jobs 2]
+    python -m benchmarks.poison [--tenants 10] [--good 38] [--poison 5] [--size 12] [--jobs 2]
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def live(given: tuple[int, int, int, int]) -> list[dict[str, Any]]:
     from riverdelta.core.recipe import Recipe
     from riverdelta.registry.ledger import Hand
     from riverdelta.trainer.base import Base
+    from riverdelta.trainer.drift import Usual, budgeted
     from riverdelta.trainer.gate import Gate, usual_of
     from riverdelta.trainer.increment import Learner, step
     from riverdelta.trainer.verdict import verdict
@@ -69,11 +70,11 @@ def live(given: tuple[int, int, int, int]) -> list[dict[str, Any]]:
     tenant, draw = Tenant(seed), random.Random(f"poison {seed}")
     weights = state = None
     earlier: list[bytes | None] = []
-    usual: list[float] = []
+    usual: list[Usual] = []
     told = []
     for number, kind in enumerate(story(seed, good, poison)):
         entries = [one.content for one in said(tenant, kind, size, draw)]
-        learner = Learner(base, recipe, seed, entries, earlier, weights, state)
+        learner = Learner(base, budgeted(recipe, usual), seed, entries, earlier, weights, state)
         gate = Gate(base, recipe, seed, learner, earlier, usual, Hand.NONE)
         while not learner.done:
             step(base, [learner])
@@ -146,7 +147,7 @@ def main() -> None:
     """Run it and print the figures, JSON last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--tenants", type=int, default=10)
-    parser.add_argument("--good", type=int, default=31)
+    parser.add_argument("--good", type=int, default=38)
     parser.add_argument("--poison", type=int, default=5)
     parser.add_argument("--size", type=int, default=12)
     parser.add_argument("--jobs", type=int, default=2)
