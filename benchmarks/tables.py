@@ -144,17 +144,20 @@ def learning_quick() -> str:
         [
             rival,
             f"{sum(held['loss']) / len(held['loss']):.3f}",
-            f"{held['right'][-1]:.0%}",
+            *(f"{held['kinds'][kind]:.0%}" for kind in ("fact", "ticket", "style")),
             f"{sum(held['prequential']) / len(held['prequential']):.3f}",
             f"{held['compute'] / spent:.2f}",
         ]
         for rival, held in report["rivals"].items()
     ]
-    heads = ["", "loss, mean of 5 checkpoints", "right answers at the last", "prequential loss", "compute"]
+    heads = ["", "loss, mean of 5 checkpoints", "facts right", "tickets right", "style's tokens", "new segments' loss"]
+    heads.append("compute")
+    how = report["retrain_choice"]
     return (
         f"{report['base']}, {report['segments']} segments of {report['entries']}; {_measured(report)}\n\n"
         + _table(heads, rows)
-        + f"\n\nOurs against retraining: loss {report['loss_vs_retrain_pct']:+.1f} %, compute "
+        + f"\n\nRight is at the last checkpoint. Retraining did best with {how['passes']} passes at {how['rate']:g}. "
+        f"Ours against it: loss {report['loss_vs_retrain_pct']:+.1f} %, compute "
         f"{report['compute_vs_retrain_pct']:.0f} % of five retrainings and "
         f"{report['compute_vs_retrain_every_segment_pct']:.0f} % of one at every segment; backward transfer "
         f"{report['backward_transfer']} points."
