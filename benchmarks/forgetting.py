@@ -95,7 +95,7 @@ def recipe_of(count: int, rate: float, passes: int, size: int) -> Recipe:
     """The recipe with so many shards."""
     return Recipe.from_dict(
         {
-            "training": {"max_length": LONGEST, "passes": passes},
+            "training": {"max_length": LONGEST, "passes": passes, "steps": 1},
             "optimiser": {"learning_rate": rate},
             "shards": {"count": count},
             "seal": {"count": size},
