@@ -65,10 +65,12 @@ def main() -> None:
     make_topic(given.kafka, topic, given.partitions)
     size = publish(given.kafka, topic, events, given.adapters)
     print(f"{events} events of {size} bytes, {given.adapters} adapters, {given.partitions} partitions", flush=True)
-    bare, full = [], []
+    bare, full, held = [], [], []
     for number in range(given.rounds):
-        bare.append(events / run_bare(given.kafka, topic, events, given.partitions))
-        full.append(events / run_full(given.kafka, topic, events, given.adapters, given.partitions))
+        bare.append(events / run_bare(given.kafka, topic, events, given.partitions)[0])
+        seconds, peak = run_full(given.kafka, topic, events, given.adapters, given.partitions)
+        full.append(events / seconds)
+        held.append(peak)
         print(f"round {number + 1}: bare {bare[-1]:.0f}/s, full {full[-1]:.0f}/s", flush=True)
     ratio = statistics.median(full) / statistics.median(bare)
     print(
@@ -77,7 +79,9 @@ def main() -> None:
                 "events_per_s": round(statistics.median(full)),
                 "bare_events_per_s": round(statistics.median(bare)),
                 "ratio": round(ratio, 3),
+                "peak_mb": round(statistics.median(held)),
                 "events": events,
+                "adapters": given.adapters,
                 "rounds": given.rounds,
                 "cpus": os.cpu_count(),
                 "load_1m": round(os.getloadavg()[0], 1),
@@ -115,7 +119,7 @@ def publish(servers: str, topic: str, events: int, adapters: int) -> int:
     return len(value)
 
 
-def run_bare(servers: str, topic: str, events: int, partitions: int) -> float:
+def run_bare(servers: str, topic: str, events: int, partitions: int) -> tuple[float, float]:
     sink = f"{topic}-out-{uuid.uuid4().hex[:6]}"
     make_topic(servers, sink, partitions)
     consumer = Consumer({"bootstrap.servers": servers, "group.id": "bench"})
@@ -123,12 +127,12 @@ def run_bare(servers: str, topic: str, events: int, partitions: int) -> float:
     def arrived() -> int:
         return sum(consumer.get_watermark_offsets(TopicPartition(sink, part), 10)[1] for part in range(partitions))
 
-    seconds = timed([sys.executable, "-c", BARE, servers, topic, sink], arrived, events)
+    took = timed([sys.executable, "-c", BARE, servers, topic, sink], arrived, events)
     consumer.close()
-    return seconds
+    return took
 
 
-def run_full(servers: str, topic: str, events: int, adapters: int, partitions: int) -> float:
+def run_full(servers: str, topic: str, events: int, adapters: int, partitions: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory(prefix="riverdelta-bench-") as folder:
         settings = Settings(
             data=Path(folder) / "data",
@@ -144,13 +148,13 @@ def run_full(servers: str, topic: str, events: int, adapters: int, partitions: i
         def sealed() -> int:
             return sum(adapter.next_index for adapter in ledger.adapters())
 
-        seconds = timed([sys.executable, "-c", FULL, settings.model_dump_json()], sealed, events)
+        took = timed([sys.executable, "-c", FULL, settings.model_dump_json()], sealed, events)
         ledger.close()
-        return seconds
+        return took
 
 
-def timed(command: list[str], count: Callable[[], int], events: int) -> float:
-    """Seconds from the child's word that it reads until everything is there."""
+def timed(command: list[str], count: Callable[[], int], events: int) -> tuple[float, float]:
+    """Seconds from the child's word that it reads until everything is there, and the most memory that it held (MB)."""
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log)
         try:
@@ -163,10 +167,15 @@ def timed(command: list[str], count: Callable[[], int], events: int) -> float:
                 if child.poll() is not None:
                     raise SystemExit(Path(log.name).read_text())
                 time.sleep(0.1)
-            return time.monotonic() - began
+            return time.monotonic() - began, _peak(child.pid)
         finally:
             child.kill()
             child.wait()
+
+
+def _peak(pid: int) -> float:
+    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1000
 
 
 if __name__ == "__main__":
