@@ -35,7 +35,7 @@ LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 def config(family: str) -> PreTrainedConfig:
     """The tiny configuration of a model family; sliding windows are shorter than the tests' sequences."""
     return {
-        "llama": lambda: LlamaConfig(**_SHAPE, attention_bias=True),
+        "llama": lambda: LlamaConfig(**_SHAPE, head_dim=32, attention_bias=True),
         "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=24, tie_word_embeddings=True),
         "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=11),
         "gemma3": lambda: Gemma3TextConfig(
