@@ -44,6 +44,7 @@ class Plan:
     allowed: dict[str, int]  # per keyed hash of a subject, the index from which it may be learned again
     incarnations: frozenset[str]
     revoked: frozenset[str]
+    written_off: frozenset[Place]  # what versions wrote that were revoked at the time, whatever has come of them since
     fingerprint: dict[str, Any]
 
 
@@ -91,7 +92,6 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
             allowed[fact.body["subject"]] = fact.body["index"]
         elif fact.kind == "forget":
             allowed.pop(fact.body["subject"], None)
-    clean = {each.digest for each in versions.values() if not each.revoked}
     return Plan(
         adapter,
         number,
@@ -104,7 +104,13 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
         {at: first + i for first, places in zip(firsts, segments, strict=True) for i, at in enumerate(places)},
         allowed,
         frozenset(run for manifest in manifests for run in manifest.incarnations),
-        frozenset(each.digest for each in versions.values() if each.revoked) - clean,
+        ledger.revoked_digests(),
+        frozenset(
+            (entry.partition, entry.offset, entry.event)
+            for manifest in manifests
+            for entry in manifest.entries
+            if entry.tombstone and entry.written_by
+        ),
         versions[number].fingerprint,
     )
 
@@ -127,7 +133,7 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
     left_out = {
         at
         for at, lesson in lessons.items()
-        if lesson.written_by in wanted.revoked
+        if (lesson.written_by and (lesson.written_by in wanted.revoked or at in wanted.written_off))
         or any(wanted.indexes[at] < until.get(subject, 0) for subject in lesson.subjects)
     }
     trainer = settings.trainer

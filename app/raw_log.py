@@ -4,7 +4,7 @@ import base64
 import contextlib
 import time
 import uuid
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from msgspec import UNSET
@@ -63,8 +63,14 @@ def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Place], reci
     """The lessons of the entries at these places of the events topic, as the recipe's rules leave them; `NotFound`
     when Kafka no longer holds one, `Corrupt` when the rules would not have let it in."""
     events = _events(settings, adapter, {(partition, offset) for partition, offset, _ in wanted})
-    partners = _Partners(events.values(), SubjectKey.open(settings.keys_dir), recipe.feedback)
-    curate = Curation(recipe.curate)
+    return lessons_of(events, SubjectKey.open(settings.keys_dir), adapter, wanted, recipe)
+
+
+def lessons_of(
+    events: Mapping[Where, Event], key: SubjectKey, adapter: str, wanted: Sequence[Place], recipe: Recipe
+) -> dict[Place, Lesson]:
+    """The same of an adapter's events that have been read already, with the partners of those that have one."""
+    partners, curate = _Partners(events.values(), key, recipe.feedback), Curation(recipe.curate)
     lessons: dict[Place, Lesson] = {}
     for place in wanted:
         event = events.get(place[:2])

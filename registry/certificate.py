@@ -86,11 +86,29 @@ def _check(told: Mapping[str, Any]) -> Checked:
             chain = chained(chain, line if isinstance(line, str) else sha256(canonical_json(line)))
         if chain != each["journal"]["chain"]:
             problems.append(f"The journal of {each['adapter']} does not lead to where it ends.")
+        problems += _check_fence(held, each)
     if held["purged_at"] < held["fenced_at"]:
         problems.append("It was purged before it was fenced.")
     revoked_count = sum(len(each["revoked"]) for each in held["adapters"])
     names = tuple(each["adapter"] for each in held["adapters"])
     return Checked(held["request"], len(held["erased"]), revoked_count, names, tuple(problems))
+
+
+def _check_fence(held: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[str]:
+    """What an adapter's own lines say otherwise than the certificate about when the fence was made: with the forget, or
+    where servers kept a version for a while, when that loan was called in."""
+    own = [line for line in adapter["journal"]["lines"] if not isinstance(line, str)]
+    stages = {body["stage"]: (at, body) for _, _, kind, body, at, *_ in own if kind == "forget_stage"}
+    begun, asked = next(((at, body) for _, _, kind, body, at, *_ in own if kind == "forget"), ("", None))
+    if asked is None:
+        return [f"The journal of {adapter['adapter']} says nothing of the forget."]
+    told = held["fenced_at"]
+    called_in = stages.get("fenced", ("", {}))[1].get("fenced_at")
+    if "lent" in asked and called_in != told:
+        return [f"{adapter['adapter']}@{asked['lent']} was served until {called_in}, not {told}."]
+    if told < begun or ("acknowledged" in stages and stages["acknowledged"][0] < told):
+        return [f"The journal of {adapter['adapter']} has the fence at another time than {told}."]
+    return []
 
 
 class Opening(msgspec.Struct):
@@ -156,6 +174,9 @@ def check_stored(ledger: Ledger, told: Mapping[str, Any]) -> tuple[list[str], li
     what stood in the place of the first."""
     problems, superseded = [], []
     held = told["predicate"]
+    fence = next(iter(ledger.fences(held["fence"] - 1)), None)
+    if fence is None or (fence.number, fence.at) != (held["fence"], held["fenced_at"]):
+        problems.append(f"The fence {held['fence']} was not made at {held['fenced_at']}.")
     facts = {each["adapter"]: ledger.facts(each["adapter"]) for each in held["adapters"]}
     for each in held["adapters"]:
         name, journal = each["adapter"], each["journal"]

@@ -1,7 +1,8 @@
 """The control topic: forget and allow by message, for those whom the cluster lets write there.
 
-Messages are JSON: {"id", "action": "forget" | "allow", "subject", "adapter" or "all_adapters": true, "reason"}. An id
-acts once. An offset is recorded once its act is durable, so that a crash repeats a message and never skips one.
+Messages are JSON: {"id", "action": "forget" | "allow", "subject", "adapter" or "all_adapters": true, "reason"}, and for
+a forget "serve_until_rebuilt". An id acts once. An offset is recorded once its act is durable, so that a crash repeats
+a message and never skips one.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from riverdelta.core.keys import SubjectKey
 from riverdelta.core.settings import Settings
 
 from . import operations
+from .keystore import KeptOpen
 from .ledger import Ledger
 from .wakeups import Wakeups
 
@@ -36,6 +38,7 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
     adapter: str = ""
     all_adapters: bool = False
     reason: Annotated[str, Meta(max_length=1000)] = ""
+    serve_until_rebuilt: Annotated[float, Meta(ge=0, le=365 * 86_400)] = 0.0
 
     @classmethod
     def read(cls, value: bytes | None) -> "Message":
@@ -50,13 +53,17 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
             message = msgspec.json.decode(value, type=cls)
         except msgspec.ValidationError as error:
             # What the message says may name a subject, and logs stay: only where it does not fit is told.
-            where = re.search(r"at `\$\.(id|action|subject|adapter|all_adapters|reason)", str(error))
+            where = re.search(
+                r"at `\$\.(id|action|subject|adapter|all_adapters|reason|serve_until_rebuilt)", str(error)
+            )
             at = f" at {where[1]!r}" if where else ""
             raise BadInput(f"The request does not fit{at}.", "See docs/forgetting.md.") from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadInput("The request is not JSON.", "See docs/forgetting.md.") from error
         if bool(message.adapter) == message.all_adapters:
             raise BadInput("A request names an adapter or all_adapters, one of them.", "See docs/forgetting.md.")
+        if message.serve_until_rebuilt and message.action != "forget":
+            raise BadInput("Only a forget has a serve_until_rebuilt.", "See docs/forgetting.md.")
         return message
 
 
@@ -69,6 +76,7 @@ class Control:
         self._wakeups = wakeups
         self._stop = stop
         self._topic = settings.topics.control
+        self._keys = KeptOpen(settings)
 
     def run(self) -> None:
         """Follow the topic. What cannot be done now (broker or ledger away) is tried again, in order."""
@@ -85,6 +93,7 @@ class Control:
             except Exception:  # a bug must not leave requests to forget unheard for good
                 log.exception("following %s failed; beginning again", self._topic)
             self._stop.wait(_RETRY_SECONDS)
+        self._keys.close()
 
     def _follow(self) -> None:
         from kafka import KafkaConsumer, TopicPartition
@@ -140,7 +149,9 @@ class Control:
                     reason=message.reason,
                     request=request,
                     asked=where,
+                    serve_until_rebuilt=message.serve_until_rebuilt,
                     wakeups=self._wakeups,
+                    keys=self._keys,
                 )
             else:
                 operations.allow(

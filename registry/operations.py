@@ -24,7 +24,7 @@ from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import later, now
 
 from . import certificate, contents
-from .keystore import KeyStore
+from .keystore import KeptOpen, KeyStore
 from .ledger import AdapterRecord, Forget, Hand, Lease, Ledger, Mode, Stage
 from .mlflow_projection import Projection, ask_for_repair
 from .wakeups import Wakeups
@@ -143,6 +143,7 @@ def forget(
     serve_until_rebuilt: float = 0.0,
     wakeups: Wakeups | None = None,
     progress: Progress | None = None,
+    keys: KeptOpen | None = None,
 ) -> ForgetReport:
     """Forget a subject in some adapters (None: in all, those to come included), and wait for the servers.
 
@@ -161,6 +162,7 @@ def forget(
         request=request,
         serve_until_rebuilt=serve_until_rebuilt,
         wakeups=wakeups,
+        keys=keys,
     )
     lost = ledger.await_fence(begun.fence, ["server"], progress=progress)
     done = begun
@@ -232,9 +234,10 @@ def fence(
     asked: Mapping[str, Any] | None = None,
     serve_until_rebuilt: float = 0.0,
     wakeups: Wakeups | None = None,
+    keys: KeptOpen | None = None,
 ) -> Forget:
     """The forget's transaction and the deletion of keys: durable, and followed up by the keeper. `asked` says where a
-    message that asked for it lies."""
+    message that asked for it lies. Who forgets often gives the `keys`, kept open."""
     hashed = _hashed(settings, subject)
     request = request or str(uuid.uuid4())
     if _without(request, subject) != request:
@@ -242,13 +245,14 @@ def fence(
     until = later(now(), serve_until_rebuilt) if serve_until_rebuilt else ""
     begun = ledger.forget(request, hashed, adapters, _line(actor, 128), _line(_without(reason, subject)), asked, until)
     _tell(settings, wakeups, begun.adapters)
-    keys = KeyStore.open(settings)
+    opened = keys or KeptOpen(settings)
     try:
-        contents.erase(ledger, keys, begun)
+        contents.erase(ledger, opened(), begun)
     except Unavailable as error:
         log.warning("The keeper deletes the keys: %s", error)
     finally:
-        keys.close()
+        if keys is None:
+            opened.close()
     return begun
 
 

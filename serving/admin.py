@@ -79,7 +79,7 @@ def routes(server: Server) -> APIRouter:
     async def forget(body: ForgetAct, request: Request) -> dict[str, Any]:
         """Fence a subject off; answers when no server can produce a token from what learned from it."""
         more: dict[str, Any] = {"reason": body.reason, "request": body.request_id or ""}
-        more["serve_until_rebuilt"] = body.serve_until_rebuilt
+        more |= {"serve_until_rebuilt": body.serve_until_rebuilt, "keys": server.key_store}
         report = await act(request, operations.forget, body.subject, body.adapters, **more)
         return {**_forget(report.forget), "lost_servers": report.lost, "seconds": round(report.seconds, 4)}
 

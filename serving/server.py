@@ -10,6 +10,7 @@ from riverdelta.core.errors import Conflict
 from riverdelta.core.names import BASE
 from riverdelta.core.settings import Serving, Settings
 from riverdelta.core.store import ObjectStore
+from riverdelta.registry.keystore import KeptOpen
 from riverdelta.registry.ledger import Ledger
 from riverdelta.registry.wakeups import Wakeups
 
@@ -36,6 +37,7 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.keys = Keys.load(settings.serving.api_keys)
+        self.key_store = KeptOpen(settings)  # what a forget by HTTP deletes from
         self.metrics = Metrics()
         self.permit = Permit()
         self.writers = Writers(self.permit)
@@ -110,6 +112,7 @@ class Server:
             self._follower.stop()
         if self.wakeups is not None:
             self.wakeups.close()
+        self.key_store.close()
 
     @property
     def engine(self) -> Engine:

@@ -73,7 +73,7 @@ class Lending(Leases):
             c.execute(moved.values(stage=Stage.FENCED, fence=fence, body=body))
             for name in sorted(held[each].body["lent"]):
                 head = self._adapter(c, name, lock=True)
-                self._apply(c, head, Change(head, (_fact(each, head),)), "ledger", "")
+                self._apply(c, head, Change(head, (_fact(each, head, at),)), "ledger", "")
 
     def _take_back(self, c: sa.Connection, adapter: str) -> None:
         """What an operator does to an adapter is felt at once."""
@@ -83,5 +83,5 @@ class Lending(Leases):
             self._call_in(c, lending)
 
 
-def _fact(request: str, head: AdapterRecord) -> tuple[str, dict[str, Any]]:
-    return "forget_stage", {"request": request, "stage": str(Stage.FENCED), "to": head.release}
+def _fact(request: str, head: AdapterRecord, at: str) -> tuple[str, dict[str, Any]]:
+    return "forget_stage", {"request": request, "stage": str(Stage.FENCED), "to": head.release, "fenced_at": at}

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from riverdelta.core.errors import Conflict, NotFound
+from riverdelta.core.errors import Conflict, NotFound, StaleEpoch
 from riverdelta.core.telemetry import now
 
 from . import decisions
@@ -76,6 +76,7 @@ class Sealing(Journal):
             batch = _Batch(actor)
             for names in chunks(sorted({seal.adapter for seal in seals})):
                 self._read(c, batch, names)
+            self._read_writers(c, batch, seals)
             done = [batch.decide(seal) for seal in seals]
             self._write(c, batch)
             if look is not None:
@@ -93,6 +94,15 @@ class Sealing(Journal):
             batch.chains[row.name] = row.chain
         for row in c.execute(sa.select(t.consumed).where(t.consumed.c.adapter.in_(names))):
             batch.consumed[row.adapter, row.incarnation, row.partition] = row.next_offset
+
+    def _read_writers(self, c: sa.Connection, batch: "_Batch", seals: Sequence[Seal]) -> None:
+        """Which weights that wrote live entries are revoked by now: an adapter that has nothing of theirs yet kept its
+        epoch when they were."""
+        written = {e.written_by for seal in seals for e in seal.manifest.entries if e.written_by and not e.tombstone}
+        v = t.versions.c
+        for chunk in chunks(sorted(written)):
+            some = list(c.execute(sa.select(v.digest, v.revoked).where(v.digest.in_(chunk)).distinct()))
+            batch.revoked |= {row.digest for row in some if row.revoked} - {r.digest for r in some if not r.revoked}
 
     def _write(self, c: sa.Connection, batch: "_Batch") -> None:
         if not batch.segments:
@@ -138,6 +148,7 @@ class _Batch:
     mentions: list[tuple[str, str, int]] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
     refusals: dict[str, Exception] = field(default_factory=dict)
+    revoked: set[str] = field(default_factory=set)
 
     def decide(self, seal: Seal) -> SegmentRecord | Exception:
         """The next segment of its adapter, or why not."""
@@ -156,6 +167,11 @@ class _Batch:
                 f"There is no adapter {seal.adapter[:80]}.", "`riverdelta registry list` shows those there are."
             )
         entries = seal.manifest.entries
+        if any(entry.written_by in self.revoked and not entry.tombstone for entry in entries):
+            raise StaleEpoch(
+                f"A segment of {head.name} holds what a version wrote that is revoked since.",
+                "Suppress again, then seal.",
+            )
         tombstones = sum(entry.tombstone for entry in entries)
         packed = seal.manifest.pack()
         change = decisions.decide_seal(

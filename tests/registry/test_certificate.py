@@ -117,6 +117,9 @@ def test_a_signed_lie_does_not_fit_together(issued: Issued) -> None:
     assert "stands in its own place" in changed("adapters", 0, "revoked", 0, "version", 3)[0]
     assert "does not lead" in changed("adapters", 0, "journal", "lines", 0, other)[0]
     assert "before it was fenced" in changed("purged_at", "2000-01-01T00:00:00.000Z")[0]
+    for lie in ("2000-01-01T00:00:00.000Z", told["predicate"]["purged_at"]):
+        assert any("at another time" in problem for problem in changed("fenced_at", lie))
+        assert any("was not made at" in problem for problem in changed("fenced_at", lie))
 
 
 @pytest.mark.parametrize("what", ["payload", "weights", "state"])
@@ -149,6 +152,28 @@ def test_every_changed_byte_of_a_manifest_is_found(issued: Issued) -> None:
     with stack.ledger.db.write() as c:
         c.execute(this.values(manifest=written))
     assert verify(stack.ledger, stack.store, stack.keys, "acme").problems == ()
+
+
+def test_the_time_of_the_fence_is_when_the_loan_was_called_in(tmp_path: Path) -> None:
+    stack = two_versions(Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1")))
+    given = {"actor": "op", "request": "late", "serve_until_rebuilt": 600.0}
+    begun = operations.forget(stack.ledger, stack.settings, "ann", ["acme"], **given).forget
+    keeper = Keeper(stack.ledger, stack.settings, stack.store, orphan_seconds=0.0)
+    keeper.advance_forgets()
+    stack.train("acme")
+    while keeper.advance_forgets():
+        pass
+    told = opened(stack.store.get(certificate_key("late")), key_of(stack.store.get(PUBLIC_KEY)))
+    held = told["predicate"]
+    dirty = stack.ledger.version("acme", 2).digest
+    [fence] = [each for each in stack.ledger.fences(0) if dirty in each.digests]
+    assert (held["fence"], held["fenced_at"]) == (fence.number, fence.at)
+    assert held["fenced_at"] > begun.at
+    assert check(told).problems == ()
+    assert check_stored(stack.ledger, told) == ([], [])
+    held["fenced_at"] = begun.at  # as if nothing had been served meanwhile
+    assert any("was served until" in problem for problem in check(told).problems)
+    assert any("was not made at" in problem for problem in check_stored(stack.ledger, told)[0])
 
 
 def test_superseded_is_not_tampered(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck
 from hypothesis import settings as limits
 from hypothesis.stateful import run_state_machine_as_test
 
-from riverdelta.core.errors import Conflict
+from riverdelta.core.errors import Conflict, Corrupt, NotFound
 from riverdelta.core.recipe import Recipe
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger
 from tests.postgres import Postgres, fresh
 from tests.registry.test_ledger_machine import LedgerMachine
@@ -80,6 +81,35 @@ def test_racing_writers_serialise(server: str) -> None:
 
 def test_writers_of_every_kind_serialise(server: str) -> None:
     race(fresh(server))
+
+
+def test_the_key_store_keeps_changes_and_deletes(server: str) -> None:
+    """Two that forget at once each delete their own keys of one segment, and neither brings the other's back."""
+    url = fresh(server)
+    stores = [KeyStore(url, bytes(32)) for _ in range(2)]
+    stores[0].add({"one": b"a" * 32 + b"b" * 32, "two": b"c" * 32})
+    stores[1].add({"one": bytes(64)})
+
+    def erase(number: int) -> None:
+        first, last = 32 * number, 32 * number + 32
+        for _ in range(20):
+            stores[number].change({"one": lambda keys: keys[:first] + bytes(32) + keys[last:]})
+
+    threads = [threading.Thread(target=erase, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert stores[0].get("one") == bytes(64)
+    stores[1].delete(["two"])
+    assert stores[0].known(["one", "two"]) == {"one"}
+    with pytest.raises(NotFound):
+        stores[0].get("two")
+    with pytest.raises(Corrupt):
+        KeyStore(url, b"k" * 32).get("one")
+    for store in stores:
+        store.scrub()
+        store.close()
 
 
 def test_one_process_at_a_time_is_exclusive(server: str) -> None:

@@ -1,0 +1,74 @@
+"""Requests on the control topic: what may be asked for, and that it is carried out as by any other way."""
+
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from riverdelta.core.errors import BadInput
+from riverdelta.core.settings import Kafka, Settings
+from riverdelta.registry.control import Control, Message
+from riverdelta.registry.ledger import Stage
+from riverdelta.registry.wakeups import Wakeups
+from tests.registry.stack import Stack, two_versions
+
+ASKED: dict[str, Any] = {"id": "1", "action": "forget", "subject": "ann", "adapter": "acme"}
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Stack:
+    """`acme` with two versions, of which the second saw ann; no broker."""
+    return two_versions(Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1")))
+
+
+def say(control: Control, message: dict[str, Any], offset: int = 0) -> None:
+    """One record of the topic."""
+    record = SimpleNamespace(topic="control", partition=0, offset=offset, value=json.dumps(message).encode())
+    control._act(record, "run")
+
+
+def test_what_does_not_fit_is_named_without_a_quote() -> None:
+    for wrong, where in (
+        ({"serve_until_rebuilt": -1}, "serve_until_rebuilt"),
+        ({"serve_until_rebuilt": "ann"}, "serve_until_rebuilt"),
+        ({"action": "allow", "serve_until_rebuilt": 5}, "Only a forget"),
+        ({"subject": ""}, "subject"),
+        ({"all_adapters": True}, "one of them"),
+    ):
+        with pytest.raises(BadInput, match=where) as refused:
+            Message.read(json.dumps({**ASKED, **wrong}).encode())
+        assert "ann" not in str(refused.value)
+
+
+def test_servers_may_go_on_until_rebuilt(stack: Stack) -> None:
+    control = Control(stack.ledger, stack.settings, Wakeups(stack.settings), threading.Event())
+    say(control, {**ASKED, "serve_until_rebuilt": 600})
+    say(control, {**ASKED, "serve_until_rebuilt": 600}, offset=1)
+    [held] = stack.ledger.forgets()
+    assert held.stage is Stage.LENDING
+    assert held.body["asked"]["offset"] == 0
+    assert stack.ledger.releases()["acme"][0] == 2
+    say(control, {**ASKED, "id": "2", "subject": "bob"}, offset=2)
+    assert {each.stage for each in stack.ledger.forgets()} == {Stage.FENCED}
+    assert stack.ledger.releases()["acme"] == (0, "")
+
+
+def test_the_key_store_is_opened_once(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    from riverdelta.registry import keystore
+
+    opened: list[int] = []
+    begin = keystore.KeyStore.__init__
+
+    def init(self: Any, *given: Any) -> None:
+        opened.append(1)
+        begin(self, *given)
+
+    monkeypatch.setattr(keystore.KeyStore, "__init__", init)
+    control = Control(stack.ledger, stack.settings, Wakeups(stack.settings), threading.Event())
+    for number, subject in enumerate(("ann", "bob", "cy")):
+        say(control, {**ASKED, "id": f"{number}", "subject": subject}, offset=number)
+    assert len(stack.ledger.forgets()) == 3
+    assert opened == [1]
