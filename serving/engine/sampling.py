@@ -57,6 +57,7 @@ class RowSampler:
     def _changes_logits(self) -> bool:
         return self._bias is not None or self._penalised or self.constraint is not None
 
+    @torch.inference_mode()
     def accept(self, token: int) -> None:
         """`token` was chosen; later penalties and the grammar count it."""
         if self.constraint is not None:

@@ -335,3 +335,10 @@ def test_revoking_what_had_left_its_slot_erases_it_too(engines):
     assert [bool(site.a[n].any()) for n in range(2)].count(True) == 1
     k, _ = engine.model.cache.layers[0]
     assert int(k.flatten(1).any(1).sum()) == -(-(20 + 11) // 4)
+
+
+def test_penalties_last_a_whole_answer(engines):
+    asker = Asker(engines())
+    prompt = models.prompt(3, 9)
+    said = tokens(asker.submit(prompt, max_tokens=20, frequency_penalty=2.0, repetition_penalty=50.0))
+    assert len(set(said)) == len(said) == 20
