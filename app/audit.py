@@ -17,6 +17,7 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
     from riverdelta.core.base import resolve
     from riverdelta.trainer.base import Base
     from riverdelta.trainer.fingerprint import fingerprint
+    from riverdelta.trainer.near import without_near_duplicates
     from riverdelta.trainer.replay import replay
 
     store, keys = ObjectStore(settings.store_url), KeyStore.open(settings)
@@ -30,11 +31,16 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
         if line.root:
             raise Refused(f"{name}@{line.root} was imported: what it learned before is not in the log.", "")
         segments = [ledger.segment(name, each) for each in sorted(line.segments)]
-        said = [contents.read(ledger, store, keys, segment) for segment in segments]
         base = base or Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
         hands = tuple(segment.hand for segment in segments)
         recipe = Recipe.from_dict(head.recipe)
         entries = [ledger.manifest(name, segment.number).entries for segment in segments]
+        said = [
+            without_near_duplicates(
+                contents.read(ledger, store, keys, segment), [entry.subjects for entry in some], recipe.curate.alike
+            )
+            for segment, some in zip(segments, entries, strict=True)
+        ]
         shards = [
             [shard_of(entry.subjects, index, recipe.shards.count) for index, entry in enumerate(some, segment.first)]
             for segment, some in zip(segments, entries, strict=True)

@@ -20,10 +20,16 @@ def test_an_auditor_comes_to_the_same_bits(tmp_path: Path, tiny_base: Path, shar
     settings = Settings(data=tmp_path / "data", base=str(tiny_base))
     stack, trainer = Stack(settings), settings.trainer
     base = Base.load(tiny_base, trainer.device, trainer.dtype, trainer.threads)
-    shape: dict[str, Any] = {"lora": {"rank": 4}, "training": {"passes": 2}, "shards": {"count": shards}}
+    shape: dict[str, Any] = {
+        "lora": {"rank": 4},
+        "training": {"passes": 2},
+        "shards": {"count": shards},
+        "curate": {"alike": 0.5},
+    }
     stack.ledger.create("acme", Recipe.from_dict(shape), "test")
     for number in range(2):
-        stack.seal("acme", [(who, f"{who} says {number} and more") for who in ("ann", "bob", "cy", "di", "ed")])
+        said = [(who, f"{who} says {number} and more") for who in ("ann", "bob", "cy", "di", "ed")]
+        stack.seal("acme", [*said, ("ann", f"ann says {number} and more, again")])
 
     def settle() -> None:
         worker = Worker(
