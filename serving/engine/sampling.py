@@ -14,6 +14,8 @@ from .request import SamplingParams
 # Filters look at this many candidates first: sorting a row of 262k costs more than a decode step.
 _CANDIDATES = 1024
 
+_HIGHEST, _COLDEST = 1e37, 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -73,7 +75,10 @@ class RowSampler:
         if self.params.temperature == 0.0:
             token = int(argmax(scores[None])[0])
         else:
-            token = self._draw(scores / self.params.temperature, uniform(self.seed, position))
+            # Extreme parameters must not make scores that are no numbers.
+            scores = scores.nan_to_num(0.0, _HIGHEST, float("-inf"))
+            scores = (scores - scores.max()) / max(self.params.temperature, _COLDEST)
+            token = self._draw(scores, uniform(self.seed, position))
         if self.params.logprobs is None:
             return Choice(token)
         logprobs = logits.log_softmax(-1)
