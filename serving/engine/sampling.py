@@ -129,6 +129,7 @@ class RowSampler:
         probabilities = (values - total).exp()
         before = probabilities.cumsum(-1) - probabilities
         keep = (before < p.top_p) & (probabilities >= p.min_p * probabilities[0])
+        keep[0] = True  # whatever the filters round to
         if bool(keep[-1]) and count < min(top_k, scores.shape[0]):
             return None
         return probabilities[keep], tokens[keep]

@@ -175,6 +175,13 @@ def test_a_screen_gives_up_where_all_tokens_are_alike_or_a_row_is_no_number(scre
     assert head.greedy(hidden) is None
 
 
-@pytest.mark.parametrize("extreme", [{"temperature": 1e-300}, {"temperature": 1e-300, "repetition_penalty": 1e-300}])
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e-300},
+        {"temperature": 1e-300, "repetition_penalty": 1e-300},
+        {"temperature": 1.0, "top_p": 1e-300},
+    ],
+)
 def test_extreme_parameters_choose_a_token(extreme):
     assert all(0 <= token < len(LOGITS) for token in draw(LOGITS, 20, **extreme))
