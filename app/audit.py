@@ -32,7 +32,7 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
             raise Refused(f"{name}@{line.root} was imported: what it learned before is not in the log.", "")
         segments = [ledger.segment(name, each) for each in sorted(line.segments)]
         base = base or Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
-        hands = tuple(segment.hand for segment in segments)
+        hands = tuple(line.word(segment) for segment in segments)
         recipe = Recipe.from_dict(head.recipe)
         entries = [ledger.manifest(name, segment.number).entries for segment in segments]
         said = [

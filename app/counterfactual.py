@@ -100,7 +100,7 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
         head.seed,
         segments,
         tuple(numbers),
-        tuple(ledger.segment(adapter, each).hand for each in numbers),
+        tuple(line.word(ledger.segment(adapter, each)) for each in numbers),
         {at: first + i for first, places in zip(firsts, segments, strict=True) for i, at in enumerate(places)},
         allowed,
         frozenset(run for manifest in manifests for run in manifest.incarnations),

@@ -88,6 +88,10 @@ class Line:
             return segment.outcome_as(Outcome.SET_ASIDE, parent, cause, segment.note, segment.metrics)
         return None
 
+    def word(self, segment: SegmentRecord) -> Hand:
+        """What a person has said of the segment, as far as this line knows: it learned what was discarded since."""
+        return Hand.NONE if segment.hand is Hand.DISCARD and segment.number in self.trained else segment.hand
+
 
 def decide_seal(
     adapter: AdapterRecord,
@@ -215,7 +219,9 @@ def decide_release(adapter: AdapterRecord, versions: Versions, number: int) -> C
 def decide_rollback(
     adapter: AdapterRecord, versions: Versions, segments: Iterable[SegmentRecord], number: int
 ) -> Change:
-    """Move the release to a version and hold it there; what is not in that version's lineage is set aside."""
+    """Move the release to a version and hold it there; what is not in that version's lineage is set aside. The later
+    word counts: what the version has learned is no longer discarded.
+    """
     digest = releasable(adapter, versions, number)
     line = Line.of(versions, number)
     changed = []
@@ -226,6 +232,7 @@ def decide_rollback(
         elif after is None and segment.cause in _REJECTED:
             # The line that rejected it is no longer the adapter's.
             after = segment.outcome_as(Outcome.SET_ASIDE, None, segment.cause, segment.note)
+        after = after and replace(after, hand=line.word(segment))
         if after is not None and after != segment:
             changed.append(after)
     body = {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from riverdelta.core.recipe import Gate as Rules
 from riverdelta.core.recipe import Recipe
-from riverdelta.registry.ledger import Cause, Hand, Outcome
+from riverdelta.registry.ledger import Cause, Hand, Line, Outcome
 from riverdelta.trainer import gate
 from riverdelta.trainer.adapter import AdapterWeights
 from riverdelta.trainer.base import Base
@@ -191,3 +191,18 @@ def test_discarding_by_hand_takes_a_learned_segment_out(stack: Stack, base: Base
     seal(other, 0, 20)
     settle(other.worker(base))
     assert other.ledger.version("acme", 2).digest == newest.digest
+
+
+def test_a_rollback_to_what_learned_a_discarded_segment_is_the_later_word(stack: Stack, base: Base) -> None:
+    seal(stack, 0, 10, 20)
+    trainer = stack.worker(base)
+    settle(trainer)
+    stack.ledger.decide_by_hand("acme", 2, Hand.DISCARD, "ann")
+    settle(trainer)
+    stack.ledger.rollback("acme", 3, "ann")
+    assert [segment.hand for segment in stack.ledger.segments("acme")] == [Hand.NONE] * 3
+    stack.forget("acme", "ann")
+    settle(trainer)
+    rebuilt = stack.ledger.adapter("acme").release
+    assert rebuilt > 4
+    assert Line.of(stack.ledger.versions("acme"), rebuilt).trained.keys() == {1, 2, 3}
