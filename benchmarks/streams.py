@@ -20,6 +20,7 @@ from pathlib import Path
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from benchmarks.machine import write_result
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Kafka, Settings, Streams, Topics
 from riverdelta.registry.ledger import Ledger
@@ -73,21 +74,19 @@ def main() -> None:
         held.append(peak)
         print(f"round {number + 1}: bare {bare[-1]:.0f}/s, full {full[-1]:.0f}/s", flush=True)
     ratio = statistics.median(full) / statistics.median(bare)
-    print(
-        json.dumps(
-            {
-                "events_per_s": round(statistics.median(full)),
-                "bare_events_per_s": round(statistics.median(bare)),
-                "ratio": round(ratio, 3),
-                "peak_mb": round(statistics.median(held)),
-                "events": events,
-                "adapters": given.adapters,
-                "rounds": given.rounds,
-                "cpus": os.cpu_count(),
-                "load_1m": round(os.getloadavg()[0], 1),
-            }
-        )
-    )
+    figures = {
+        "events_per_s": round(statistics.median(full)),
+        "bare_events_per_s": round(statistics.median(bare)),
+        "ratio": round(ratio, 3),
+        "peak_mb": round(statistics.median(held)),
+        "events": events,
+        "adapters": given.adapters,
+        "rounds": given.rounds,
+    }
+    name = "streams" if given.adapters == 1000 else f"streams_{given.adapters}_adapters"
+    shape = f"--events {given.events} --adapters {given.adapters} --kafka HOST:9092"
+    write_result(name, f"python -m benchmarks.streams {shape}", figures)
+    print(json.dumps(figures))
 
 
 def make_topic(servers: str, name: str, partitions: int) -> None:

@@ -75,6 +75,26 @@ def freshness() -> str:
     return f"{where}; {report['probes']} probes. `{report['command']}`\n\n" + _table(heads, rows)
 
 
+def streams() -> str:
+    """Events a second into durable entries, and through a bare pass-through."""
+    reports = [_load(name) for name in ("streams", "streams_10000_adapters")]
+    rows = [
+        [
+            f"{report['adapters']:,}",
+            f"{report['events']:,}",
+            f"**{report['events_per_s']:,}**",
+            f"{report['bare_events_per_s']:,}",
+            report["ratio"],
+            report["peak_mb"],
+        ]
+        for report in reports
+    ]
+    heads = ["adapters", "events", "events/s, durable", "bare pass-through", "ratio", "peak MB"]
+    machine = reports[0]["machine"]["device"]
+    where = f"{machine}, shared with the broker, bytewax {reports[0]['versions']['bytewax']}, {reports[0]['date']}"
+    return f"{where}. `{reports[0]['command']}`\n\n" + _table(heads, rows)
+
+
 def fence() -> str:
     """The warm fence, and the command."""
     report = _load("fence")
@@ -236,6 +256,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode_step": decode_step,
     "freshness": freshness,
     "fence": fence,
+    "streams": streams,
     "serving_vllm": serving_vllm,
     "poison": poison,
     "learning_quick": learning_quick,
