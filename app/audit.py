@@ -7,7 +7,6 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.shards import shard_of
 from riverdelta.core.store import ObjectStore
-from riverdelta.registry import contents
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger, Line
 
@@ -17,7 +16,7 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
     from riverdelta.core.base import resolve
     from riverdelta.trainer.base import Base
     from riverdelta.trainer.fingerprint import fingerprint
-    from riverdelta.trainer.near import without_near_duplicates
+    from riverdelta.trainer.inputs import Log
     from riverdelta.trainer.replay import replay
 
     store, keys = ObjectStore(settings.store_url), KeyStore.open(settings)
@@ -35,12 +34,8 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
         hands = tuple(line.word(segment) for segment in segments)
         recipe = Recipe.from_dict(head.recipe)
         entries = [ledger.manifest(name, segment.number).entries for segment in segments]
-        said = [
-            without_near_duplicates(
-                contents.read(ledger, store, keys, segment), [entry.subjects for entry in some], recipe.curate.alike
-            )
-            for segment, some in zip(segments, entries, strict=True)
-        ]
+        log = Log(ledger, store, keys, recipe)
+        said = [log.said(segment) for segment in segments]
         shards = [
             [shard_of(entry.subjects, index, recipe.shards.count) for index, entry in enumerate(some, segment.first)]
             for segment, some in zip(segments, entries, strict=True)
