@@ -5,7 +5,7 @@ family: a replacement is tried on every module that has the right parts, and kep
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -125,21 +125,13 @@ def fuse_attention(
     model: nn.Module, run: Callable[[], object], cache_dtype: torch.dtype, compiled: bool = False
 ) -> int:
     """Replace attention modules that `run`, a step of this model, shows to be rotary self-attention."""
-    seen: dict[nn.Module, tuple[dict[str, Any], Tensor]] = {}
-
-    def record(module: nn.Module, _: Any, kwargs: dict[str, Any], out: tuple[Tensor, Any]) -> None:
-        seen[module] = (kwargs, out[0])
-
     parents = [(p, n, m) for p in model.modules() for n, m in p.named_children() if _has_parts(m)]
-    hooks = [m.register_forward_hook(record, with_kwargs=True) for _, _, m in parents]
-    run()
-    for hook in hooks:
-        hook.remove()
+    seen = _observed([m for _, _, m in parents], run)
     count = 0
     for parent, name, module in parents:
         if module not in seen:
             continue
-        kwargs, wanted = seen[module]
+        _, kwargs, (wanted, _) = seen[module]
         context: StepContext = kwargs["paged"]
         try:
             fused = FusedAttention(module, context.options[module.layer_idx])  # type: ignore[index]
@@ -268,16 +260,8 @@ def _site(site: LoraSite) -> native.Site:
 def fuse_layers(model: nn.Module, runtime: Runtime, run: Callable[[], object]) -> int:
     """Replace decoder layers that `run`, a decode step of this model, shows to be norms, attention and a gated MLP
     added to what they read; returns how many."""
-    seen: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-        seen[module] = (args, kwargs, out)
-
     found = [(p, n, m) for p in model.modules() for n, m in p.named_children() if hasattr(m, "self_attn")]
-    hooks = [m.register_forward_hook(record, with_kwargs=True) for _, _, m in found]
-    run()
-    for hook in hooks:
-        hook.remove()
+    seen = _observed([m for _, _, m in found], run)
     count = 0
     for parent, name, module in found:
         try:
@@ -294,6 +278,22 @@ def fuse_layers(model: nn.Module, runtime: Runtime, run: Callable[[], object]) -
             setattr(parent, name, fused)
             count += 1
     return count
+
+
+def _observed(
+    modules: Iterable[nn.Module], run: Callable[[], object]
+) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any], Any]]:
+    """What each of these modules that `run` calls is given, and what it returns."""
+    seen: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        seen[module] = (args, kwargs, out)
+
+    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def _has_parts(module: nn.Module) -> bool:
