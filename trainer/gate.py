@@ -116,3 +116,33 @@ class Gate:
             ends.append(len(rows))
         scores = score(self._base, weights, rows)
         return [scores[first:last] for first, last in pairwise(ends)]
+
+
+@dataclass
+class Whole:
+    """All shards' parts as one adapter, before a gate."""
+
+    rows: Sequence[Row | None]
+    weights: AdapterWeights | None
+    position: int
+
+
+def judge_whole(
+    base: Base,
+    recipe: Recipe,
+    seed: int,
+    entries: Sequence[bytes | None],
+    earlier: Sequence[bytes | None],
+    usual: Sequence[Usual],
+    standing: bytes | None,
+    weights: bytes,
+    hand: Hand,
+) -> Judged:
+    """The verdict on all parts together after a segment's `entries`, beside the last whole that was released
+    (`standing`, None for the base)."""
+    rows = [row_of(base.tokenizer, entry, recipe.training.max_length) for entry in entries]
+    before = AdapterWeights.load(standing, base.device) if standing is not None else None
+    whole = Whole(rows, before, len(earlier))
+    gate = Gate(base, recipe, seed, whole, earlier, usual, hand)
+    whole.weights = AdapterWeights.load(weights, base.device)
+    return gate.judge()

@@ -19,13 +19,12 @@ from riverdelta.core.store import ObjectStore
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger, PartRecord, VersionRecord, Work
 
-from .adapter import AdapterWeights
 from .base import Base
 from .drift import budgeted
-from .gate import Gate, Judged, usual_of
-from .increment import Candidate, Learner, row_of
+from .gate import Gate, Judged, judge_whole, usual_of
+from .increment import Candidate, Learner
 from .inputs import Earlier, Log, files_of, learned_by, line_of, read_inputs
-from .parts import Files, Whole, join, key_of, seed_of_shard, split
+from .parts import Files, join, key_of, seed_of_shard, split
 
 
 @dataclass
@@ -218,13 +217,10 @@ class ShardedMaking(Making):
         if not recipe.gate.on:
             return Judged("", {})
         good = [version for version in self._line if not version.withheld]
-        standing = AdapterWeights.load(files_of(self._store, good[-1])[0], base.device) if good else None
-        rows = [row_of(base.tokenizer, entry, recipe.training.max_length) for entry in self._log.said(work.segment)]
-        whole = Whole(rows, standing, len(self._everything))
+        standing = files_of(self._store, good[-1])[0] if good else None
         usual = usual_of(version.metrics for version in good)
-        gate = Gate(base, recipe, work.adapter.seed, whole, self._everything, usual, work.segment.hand)
-        whole.weights = AdapterWeights.load(weights, base.device)
-        return gate.judge()
+        entries, seed, hand = self._log.said(work.segment), work.adapter.seed, work.segment.hand
+        return judge_whole(base, recipe, seed, entries, self._everything, usual, standing, weights, hand)
 
     @property
     def saw(self) -> set[int]:

@@ -18,7 +18,6 @@ from riverdelta.core.weights import decode, encode
 
 from .adapter import AdapterWeights
 from .base import Base
-from .layout import Row
 
 Files = tuple[bytes, bytes]
 """A part's weights and optimiser state, in the form that an adapter of its own would have."""
@@ -33,15 +32,6 @@ def key_of(shaped_by: Sequence[Any], before: str, segment: int, hand: str, live:
     """Names what a shard has learned from once it has learned its entries of a segment: `before` names what came
     before, `live` says which of the entries are no tombstones, and `shaped_by` is all else that moves a bit."""
     return digest_of([list(shaped_by), before, segment, hand, list(live)])
-
-
-@dataclass
-class Whole:
-    """All parts as one adapter, before a gate."""
-
-    rows: Sequence[Row | None]
-    weights: AdapterWeights | None
-    position: int
 
 
 @dataclass(frozen=True)

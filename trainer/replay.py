@@ -6,17 +6,15 @@ of the same log on the same environment fingerprint. It is one side of the check
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from riverdelta.core.recipe import Recipe
 from riverdelta.registry.ledger import Hand
 
-from .adapter import AdapterWeights
 from .base import Base
 from .drift import Usual, budgeted
-from .gate import BY_HAND, Gate, Judged, usual_of
-from .increment import Candidate, Learner, Untrainable, row_of, step
-from .parts import Whole, join, seed_of_shard
+from .gate import BY_HAND, Gate, Judged, judge_whole, usual_of
+from .increment import Candidate, Learner, Untrainable, step
+from .parts import join, seed_of_shard
 
 Told = Callable[[int, int], None]
 
@@ -54,7 +52,8 @@ def replay(
     several = recipe.shards.count > 1
     own = [seed_of_shard(seed, shard) for shard in range(recipe.shards.count)] if several else [seed]
     lives = [_Life(base, recipe.of_a_shard, one) for one in own]
-    standing, everything, usual = b"", _Past(recipe), list[Usual]()
+    everything, usual = _Past(recipe), list[Usual]()
+    standing: bytes | None = None
     last = Replayed("", "", ())
     for number, entries in enumerate(segments):
         if told is not None:
@@ -79,13 +78,13 @@ def replay(
         else:
             joined = join(base, recipe, seed, [life.files for life in lives])
             last = Replayed(joined.digest, joined.state_digest, ())
-            withheld, metrics = _judge(
-                base, recipe, seed, entries, everything.before(called), usual, standing, joined.weights, hand
-            )
-            if not withheld:
+            judged, past = Judged("", {}), everything.before(called)
+            if recipe.gate.on:
+                judged = judge_whole(base, recipe, seed, entries, past, usual, standing, joined.weights, hand)
+            if not judged.rejected:
                 standing = joined.weights
-                usual += usual_of([metrics])
-            last = replace(last, withheld=withheld)
+                usual += usual_of([judged.metrics])
+            last = replace(last, withheld=judged.rejected)
         everything.add(called, entries)
         done.append(last)
     return done
@@ -135,29 +134,6 @@ class _Life:
         self._earlier.add(number, entries)
         self.made = made
         return ""
-
-
-def _judge(
-    base: Base,
-    recipe: Recipe,
-    seed: int,
-    entries: Sequence[bytes | None],
-    earlier: Sequence[bytes | None],
-    usual: Sequence[Usual],
-    standing: bytes,
-    weights: bytes,
-    hand: Hand,
-) -> tuple[str, dict[str, Any]]:
-    """Why all parts together are not to be released, beside the last that were, and what was measured."""
-    if not recipe.gate.on:
-        return "", {}
-    rows = [row_of(base.tokenizer, entry, recipe.training.max_length) for entry in entries]
-    before = AdapterWeights.load(standing, base.device) if standing else None
-    whole = Whole(rows, before, len(earlier))
-    gate = Gate(base, recipe, seed, whole, earlier, usual, hand)
-    whole.weights = AdapterWeights.load(weights, base.device)
-    judged = gate.judge()
-    return judged.rejected, judged.metrics
 
 
 def _increment(
