@@ -30,7 +30,7 @@ class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
     1 / (1 + decay * position), position in micro-batches since the adapter began, those that tombstones skip counted.
     """
 
-    learning_rate: Annotated[float, Meta(gt=0)] = 2e-3
+    learning_rate: Annotated[float, Meta(gt=0)] = 1.5e-3
     final: Annotated[float, Meta(ge=0, le=1)] = 0.1
     decay: Annotated[float, Meta(ge=0)] = 0.0
     beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
@@ -46,10 +46,10 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     `passes` over a segment, and more until they make `steps`; `micro_batch` of its entries to a step, and `rehearse`
     earlier ones with them; rows are cut at `max_length` tokens."""
 
-    passes: Positive = 5
-    steps: Positive = 10
+    passes: Positive = 3
+    steps: Positive = 6
     micro_batch: Positive = 8
-    rehearse: Annotated[int, Meta(ge=0)] = 8
+    rehearse: Annotated[int, Meta(ge=0)] = 4
     near: Annotated[float, Meta(ge=0)] = 0.0
     max_length: Annotated[int, Meta(ge=8, le=8192)] = 512
 

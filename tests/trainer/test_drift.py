@@ -68,7 +68,8 @@ def watchful(boost: float = 3.0) -> Recipe:
     calm = {"tolerance": 20.0, "sample": 0}
     steep = {"learning_rate": 0.05, "clip": 0.0}
     watch = {"delta": 0.5, "boost": boost}
-    return Recipe.from_dict({**recipe(passes=2).to_dict(), "optimiser": steep, "gate": calm, "drift": watch})
+    like = recipe(passes=2, rehearse=8)
+    return Recipe.from_dict({**like.to_dict(), "optimiser": steep, "gate": calm, "drift": watch})
 
 
 def known(many: int) -> list[bytes]:
