@@ -48,7 +48,7 @@ RECIPE = Recipe.from_dict(
         "seal": {"count": 12, "age": 2.0},
     }
 )
-VICTIMS = {"stream": 8, "train-1": 3, "train-2": 3, "serve": 2, "broker": 3}
+VICTIMS = {"stream": 8, "train-1": 3, "train-2": 3, "serve": 2, "broker": 2}
 BEGUN = {
     "stream": "first events decided",
     "train-1": "Ready to train",
@@ -85,7 +85,12 @@ class Soak:
         self.published = Published()
         self.counts: Counter[str] = Counter()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._sleepers: list[subprocess.Popen[bytes]] = []
+        self._spawned: dict[str, int] = {}  # where in its log the running process begins
+        self._zombies: list[subprocess.Popen[bytes]] = []
+        self._threads: list[threading.Thread] = []
+        self._failed: list[BaseException] = []
+        self._broker_back = threading.Event()
+        self._broker_back.set()
         self._events = random.Random(seed + 1)
 
     # -- processes -----------------------------------------------------------------------------------------------
@@ -94,44 +99,52 @@ class Soak:
         """Start a process by its name."""
         log = self.river.folder / f"{name}.log"
         with log.open("ab") as sink:
+            self._spawned[name] = sink.tell()
             sink.write(json.dumps({"spawned": time.time()}).encode() + b"\n")
             sink.flush()
             self._processes[name] = subprocess.Popen(
                 [*COMMAND, name.split("-", maxsplit=1)[0]], env=self.river.environment, stdout=sink, stderr=sink
             )
 
-    def kill(self) -> None:
-        """Kill somebody, or make a zombie: stopped until another has taken over, let go on, then killed."""
+    def choose(self) -> str:
+        """Whom to kill next."""
         names = [name for name in VICTIMS if name != "broker" or self.broker.killable]
-        name = self.rng.choices(names, [VICTIMS[name] for name in names])[0]
+        return self.rng.choices(names, [VICTIMS[name] for name in names])[0]
+
+    def kill(self, name: str) -> None:
+        """Kill it, or make a zombie of it; what it does is taken up again while others are killed."""
         self.counts["kills"] += 1
         self.counts[name] += 1
-        self.counts["of working processes"] += name == "broker" or self._works(name)
+        self.counts["of working processes"] += self._works(name)
         if name == "broker":
+            self._broker_back.clear()
             self.broker.kill()
-            time.sleep(self.rng.uniform(0.0, 2.0))
-            self.broker.restart()
+            self._beside(self._return, self.rng.uniform(0.0, 2.0))
             return
         process = self._processes[name]
         if name != "serve" and self.rng.random() < 0.25:
             self.counts["zombies"] += 1
             process.send_signal(signal.SIGSTOP)
-            self._sleepers.append(process)
+            self._zombies.append(process)
+            self._beside(self._haunt, process, self.rng.uniform(5.0, 12.0), self.rng.uniform(0.5, 3.0))
         else:
             process.kill()
             process.wait()
         self.start(name)
 
-    def wake(self) -> None:
-        """Zombies go on beside those that took over, for a moment."""
-        for process in self._sleepers:
-            process.send_signal(signal.SIGCONT)
-        if self._sleepers:
-            time.sleep(self.rng.uniform(0.5, 3.0))
-        for process in self._sleepers:
-            process.kill()
-            process.wait()
-        self._sleepers.clear()
+    def _return(self, away: float) -> None:
+        """The broker comes back."""
+        time.sleep(away)
+        self.broker.restart()
+        self._broker_back.set()
+
+    def _haunt(self, process: subprocess.Popen[bytes], asleep: float, awake: float) -> None:
+        """A zombie sleeps while another takes over, goes on beside it for a moment, and is killed."""
+        time.sleep(asleep)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(awake)
+        process.kill()
+        process.wait()
 
     def revive(self) -> None:
         """What ended by itself is started again, and counted: `up` does the same."""
@@ -142,14 +155,14 @@ class Soak:
 
     def end(self) -> None:
         """Leave nothing running."""
-        for process in [*self._processes.values(), *self._sleepers]:
+        for process in [*self._processes.values(), *self._zombies]:
             process.kill()
             process.wait()
 
     # -- events --------------------------------------------------------------------------------------------------
 
     def publish(self, stop: threading.Event) -> None:
-        """So many a kill, until told to stop: valid events, some sent twice, and some that are none."""
+        """So many a kill, one a second beyond, until told to stop: valid events, some sent twice, and some junk."""
         producer = Producer(
             {
                 **self.settings.kafka.for_confluent(),
@@ -159,11 +172,14 @@ class Soak:
                 "log_level": 2,
             }
         )
+        due = 0.0
         while not stop.is_set() or self.published.records < max(1, self.counts["kills"]) * EVENTS_PER_KILL:
-            if stop.is_set() or self.published.records < (self.counts["kills"] + 2) * EVENTS_PER_KILL:
+            ahead = self.published.records >= (self.counts["kills"] + 2) * EVENTS_PER_KILL
+            if stop.is_set() or not ahead or time.monotonic() > due:  # a dataflow that starts finds some
                 for value in self._next():
                     self.published.records += 1
                     producer.produce(self.settings.topics.events, value, partition=self._events.randrange(4))
+                due = time.monotonic() + 1.0
             producer.poll(0)
             time.sleep(0.02)
         if producer.flush(300):
@@ -190,51 +206,60 @@ class Soak:
         for name in ADAPTERS:
             ledger.create(name, RECIPE, "soak")
         stop = threading.Event()
-        failed: list[BaseException] = []
-        producer = threading.Thread(target=self._guarded, args=(lambda: self.publish(stop), failed), daemon=True)
         try:
             for name in VICTIMS:
                 if name != "broker":
                     self.start(name)
-            producer.start()
+            self._beside(self.publish, stop)
             began = time.monotonic()
             for number in range(self.kills):
-                if time.monotonic() - began > self.seconds:
+                if self._failed or time.monotonic() - began > self.seconds:
                     break
-                if self.rng.random() < 0.8:  # the others hit processes that are starting
-                    self._await_work()
-                time.sleep(self.rng.choice([0.1, 0.5, 1.0, 2.0]))
-                self.wake()
+                name = self.choose()
+                if self.rng.random() < 0.8 or name == "broker":  # the others hit processes that are starting
+                    self._await_work(name)
+                time.sleep(self.rng.choice([0.1, 0.3, 0.6, 1.2]))
                 self.revive()
-                self.kill()
+                self.kill(name)
                 tell(f"kill {number + 1} of {self.kills}: {dict(self.counts)}, {self.published.records} records")
-            self.wake()
             stop.set()
-            producer.join()
-            if failed:
-                raise failed[0]
+            for thread in self._threads:
+                thread.join()
+            if self._failed:
+                raise self._failed[0]
+            tell("waiting for quiet")
             self._await_quiet(ledger)
             served = self._served(ledger)
+            tell("checking")
         finally:
             self.end()
         return self._check(ledger) | {"served_releases": served}
 
-    def _await_work(self) -> None:
-        """Until dataflow and trainers have begun their work, or for a minute at most."""
+    def _await_work(self, name: str) -> None:
+        """Until somebody does its work, or for a minute at most."""
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not all(map(self._works, BEGUN)):
+        while time.monotonic() < deadline and not self._works(name):
             self.revive()
             time.sleep(0.1)
 
     def _works(self, name: str) -> bool:
-        log = (self.river.folder / f"{name}.log").read_text(errors="replace")
-        return BEGUN[name] in log.rpartition('{"spawned"')[2]
+        if name == "broker":
+            return self._broker_back.is_set()
+        with (self.river.folder / f"{name}.log").open("rb") as log:
+            log.seek(self._spawned[name])
+            return BEGUN[name].encode() in log.read()
 
-    def _guarded(self, action: Callable[[], None], failed: list[BaseException]) -> None:
-        try:
-            action()
-        except BaseException as error:
-            failed.append(error)
+    def _beside(self, action: Callable[..., None], *given: Any) -> None:
+        """Do something in a thread; the run ends when that fails."""
+
+        def guarded() -> None:
+            try:
+                action(*given)
+            except BaseException as error:
+                self._failed.append(error)
+
+        self._threads.append(threading.Thread(target=guarded, daemon=True))
+        self._threads[-1].start()
 
     def _await_quiet(self, ledger: Ledger) -> None:
         deadline = time.monotonic() + QUIET_SECONDS
