@@ -80,6 +80,8 @@ class Faulty:
         def maybe(*given: Any, **named: Any) -> Any:
             self._fail("before")
             world, held = self._world, self._world.locked
+            if name == "seal" and world.fault_rate and world.rng.random() < 0.25:
+                world.collect()  # the writer sleeps when what it has written is not yet named
             world.locked = True  # a call of the store in one of the ledger is made while that is held
             try:
                 done = call(*given, **named)

@@ -17,16 +17,25 @@ from .simulation import World, Wrong, check, simulate
 FOUND = (11881, 15629, 18914, 28391, 39517)  # schedules that once lost an event
 
 
+def hold(seed: int) -> None:
+    """One schedule, which names itself when it fails."""
+    try:
+        check(simulate(seed))
+    except BaseException as wrong:
+        wrong.add_note(f"again: python -m tests.streams.simulation {seed}")
+        raise
+
+
 def test_every_event_is_one_entry_whatever_dies() -> None:
     for seed in (*FOUND, *range(250)):
-        check(simulate(seed))  # `python -m tests.streams.simulation SEED` runs one again
+        hold(seed)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_ten_thousand_schedules() -> None:
     for seed in range(10_000, 20_000):
-        check(simulate(seed))
+        hold(seed)
 
 
 RARE = {  # what a schedule seldom meets, and the test of admission that meets it at once
@@ -46,12 +55,12 @@ def test_a_rare_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("bug", sorted(PLANTED.keys() - RARE.keys()))
 def test_a_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PLANTED[bug](monkeypatch)
-    for seed in range(1500):
+    for seed in range(500):
         try:
             check(simulate(seed))
         except (Wrong, AssertionError, KeyError):
             return
-    pytest.fail("1500 schedules did not catch it")
+    pytest.fail("500 schedules did not catch it")
 
 
 class RealLedger:
