@@ -75,7 +75,8 @@ class Making:
         return {self._segment}.union(*(share.earlier.used for share in self.shares))
 
     def finish(self) -> Made:
-        """What the shares have come to when all of them are done; raises the failure, if there is one."""
+        """What the shares have come to when all of them are done; raises the failure, if there is one. `Unavailable`
+        while a store is away: ask again."""
         candidate, judged = self.shares[0].made()
         return Made(None if judged.rejected else candidate, judged)
 
@@ -139,6 +140,7 @@ class ShardedMaking(Making):
     def finish(self) -> Made:
         """Join the parts and ask the gate of the whole."""
         parts = self._parts
+        parts.errors.clear()
         for share in self.shares:
             self._finish(share)
         if all(record.key == before for record, before in zip(parts.records, self._keys_before(), strict=True)):

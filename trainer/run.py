@@ -6,6 +6,7 @@ import threading
 
 from riverdelta.core import base as base_files
 from riverdelta.core.errors import Conflict
+from riverdelta.core.patience import Patience, Stopped
 from riverdelta.core.settings import Settings, new_holder
 from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import set_up_logs
@@ -30,8 +31,6 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
         signal.signal(signal.SIGTERM, leave)
         signal.signal(signal.SIGINT, leave)
 
-    from riverdelta.core.patience import Stopped
-
     from .base import Base
     from .metrics import Metrics
     from .worker import Worker
@@ -42,20 +41,16 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
     folder = base_files.resolve(settings.base)
     log.info("Loading the base model from %s", folder)
     base = Base.load(folder, options.device, options.dtype, options.threads)
-    ledger = Ledger.open(settings.ledger_url)
-    held = ledger.remember("base", base.digest)
-    if held != base.digest:
-        raise Conflict(
-            f"This ledger's adapters were made for the base {held[:12]}, not {base.digest[:12]}.",
-            "Start with the base model that they were made for, or with another data folder.",
-        )
+    patience = Patience(stop)
     wakeups = Wakeups(settings)
-    wakeups.listen(settings.topics.jobs, wake)
+    ledger = None
     try:
+        ledger = patience(lambda: _open(settings, base.digest), "Opening the ledger")
+        wakeups.listen(settings.topics.jobs, wake)
         worker = Worker(
             ledger,
             ObjectStore(settings.store_url),
-            KeyStore.open(settings),
+            patience(lambda: KeyStore.open(settings), "Opening the key store"),
             base,
             settings.data / "trainer",
             new_holder("trainer"),
@@ -75,5 +70,18 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
         pass
     finally:
         wakeups.close()
-        ledger.close()
+        if ledger is not None:
+            ledger.close()
     log.info("Stopped")
+
+
+def _open(settings: Settings, base: str) -> Ledger:
+    """The ledger, whose adapters must be of this base."""
+    ledger = Ledger.open(settings.ledger_url)
+    held = ledger.remember("base", base)
+    if held != base:
+        raise Conflict(
+            f"This ledger's adapters were made for the base {held[:12]}, not {base[:12]}.",
+            "Start with the base model that they were made for, or with another data folder.",
+        )
+    return ledger

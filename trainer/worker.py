@@ -334,7 +334,7 @@ class Worker:
 
     def _finish(self, active: Active) -> None:
         try:
-            made = active.making.finish()
+            made = self._patiently(active.making.finish)
         except RiverdeltaError as error:
             self._outcomes.set_aside(active.work, error)
         else:

@@ -24,9 +24,9 @@ def hashed(subject: str) -> str:
 class Stack:
     """A ledger, a store, and the next offset of every adapter."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ledger_url: str = "") -> None:
         self.folder = folder
-        self.ledger_url = f"sqlite:///{folder}/ledger.db"
+        self.ledger_url = ledger_url or f"sqlite:///{folder}/ledger.db"
         self.store_url = f"file://{folder}/store"
         self.ledger = Ledger.open(self.ledger_url)
         self.store = ObjectStore(self.store_url)

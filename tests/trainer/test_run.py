@@ -7,20 +7,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
+from riverdelta.core.errors import Unavailable
 from riverdelta.core.settings import Settings
 from riverdelta.registry.keystore import KeyStore
+from riverdelta.registry.ledger import Outcome
 from riverdelta.registry.verify import verify
+from riverdelta.trainer.base import Base
+from tests.postgres import Postgres, fresh
 from tests.trainer.samples import contents, fact, recipe
 from tests.trainer.stack import Stack
 
 _MAIN = "from riverdelta.core.settings import Settings; from riverdelta.trainer.run import run; run(Settings.read())"
 
 
+class Start(Protocol):
+    """Starts a trainer; what it says is added to a log, where one is named."""
+
+    def __call__(self, log: Path | None = None, **settings: str) -> subprocess.Popen[bytes]: ...
+
+
 @pytest.fixture
-def start(tmp_path: Path, bases: dict[str, Path]) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+def start(tmp_path: Path, bases: dict[str, Path]) -> Iterator[Start]:
     """Start trainers on the stack in the test's folder, with a broker that does not answer."""
     env = {
         **os.environ,
@@ -32,8 +43,10 @@ def start(tmp_path: Path, bases: dict[str, Path]) -> Iterator[Callable[[], subpr
     }
     begun: list[subprocess.Popen[bytes]] = []
 
-    def begin() -> subprocess.Popen[bytes]:
-        begun.append(subprocess.Popen([sys.executable, "-W", "ignore", "-c", _MAIN], env=env))
+    def begin(log: Path | None = None, **settings: str) -> subprocess.Popen[bytes]:
+        sink = None if log is None else log.open("ab")
+        command = [sys.executable, "-W", "ignore", "-c", _MAIN]
+        begun.append(subprocess.Popen(command, env={**env, **settings}, stdout=sink, stderr=sink))
         return begun[-1]
 
     yield begin
@@ -44,7 +57,7 @@ def start(tmp_path: Path, bases: dict[str, Path]) -> Iterator[Callable[[], subpr
 
 
 def test_a_trainer_stopped_in_mid_increment_is_followed_and_goes_on_as_if_nothing_were(
-    tmp_path: Path, start: Callable[[], subprocess.Popen[bytes]]
+    tmp_path: Path, start: Start
 ) -> None:
     """Its claim runs out, another takes the adapter; the first comes back into a world that has moved on."""
     stack = Stack(tmp_path)
@@ -90,9 +103,7 @@ def until(check: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_trainer_is_replaced_and_one_told_to_stop_leaves(
-    tmp_path: Path, start: Callable[[], subprocess.Popen[bytes]]
-) -> None:
+def test_a_killed_trainer_is_replaced_and_one_told_to_stop_leaves(tmp_path: Path, start: Start) -> None:
     stack = Stack(tmp_path)
     stack.keys = KeyStore.open(Settings.read(data=tmp_path))
     stack.create("acme", recipe(passes=20, micro_batch=1))
@@ -112,3 +123,52 @@ def test_a_killed_trainer_is_replaced_and_one_told_to_stop_leaves(
     assert second.wait(timeout=30) == 0
     # The killed one's lease is still there: nobody has needed it to run out.
     assert len(stack.ledger.leases()) == 1
+
+
+def test_a_postgresql_that_goes_away_is_waited_for(tmp_path: Path, start: Start, base: Base) -> None:
+    """In mid-increment, and before a trainer has begun: no step is lost, and every bit is what it would have been."""
+    who = ["ann", "bob", "cy", "di", "eve", "flo"]
+    calm = Stack(tmp_path / "calm")
+    server = Postgres()
+    try:
+        url, log, later = fresh(server.url), tmp_path / "first.log", tmp_path / "later.log"
+        stack = Stack(tmp_path, url)
+        stack.keys = KeyStore.open(Settings.read(data=tmp_path))
+        for each in (stack, calm):
+            each.create("acme", recipe(passes=20, micro_batch=1))
+            each.create("bob", recipe())
+            for number in range(2):
+                each.seal("acme", contents(6, number), who)
+                each.seal("bob", contents(6, number), who)
+        first = start(log, RIVERDELTA_REGISTRY__LEDGER=url)
+        until(lambda: stack.ledger.adapter("bob").release >= 1)
+        server.stop()
+        until(lambda: "Waiting: The ledger" in log.read_text())
+        second = start(later, RIVERDELTA_REGISTRY__LEDGER=url)
+        until(lambda: "Opening the ledger: waiting. The ledger" in later.read_text())
+        server.start()
+        until(lambda: releases(stack) == [2, 2])
+        for trainer in (first, second):
+            trainer.send_signal(signal.SIGTERM)
+            assert trainer.wait(timeout=30) == 0
+        worker = calm.worker(base)
+        while worker.turn():
+            pass
+        for name in ("acme", "bob"):
+            assert [segment.outcome for segment in stack.ledger.segments(name)] == [Outcome.TRAINED] * 2
+            found, wanted = (
+                [(version.segment, version.digest, version.state) for version in each.ledger.versions(name).values()]
+                for each in (stack, calm)
+            )
+            assert found == wanted
+            assert verify(stack.ledger, stack.store, stack.keys, name).problems == ()
+        stack.ledger.close()
+    finally:
+        server.remove()
+
+
+def releases(stack: Stack) -> list[int]:
+    try:
+        return [stack.ledger.adapter(name).release for name in ("acme", "bob")]
+    except Unavailable:
+        return []

@@ -10,11 +10,12 @@ import torch
 
 from riverdelta.core import weights
 from riverdelta.core.digests import sha256
+from riverdelta.core.errors import Unavailable
 from riverdelta.core.peft_format import check_servable
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.shards import shard_of
 from riverdelta.core.store import weights_key
-from riverdelta.registry.ledger import Hand, SegmentRecord, VersionRecord
+from riverdelta.registry.ledger import Hand, Outcome, SegmentRecord, VersionRecord
 from riverdelta.trainer import making
 from riverdelta.trainer.adapter import AdapterWeights
 from riverdelta.trainer.base import Base
@@ -272,3 +273,22 @@ def test_the_gate_of_the_whole_decides_the_release_alone(
     head = stack.ledger.adapter("acme")
     assert (head.tip, head.release) == (4, 4)
     assert stack.ledger.version("acme", 4).parent == 3
+
+
+def test_a_store_away_when_a_whole_is_judged_is_waited_for(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = Stack(tmp_path)
+    begun(stack, sharded(), mixed()[:2])
+    judge = making.judge_whole
+    away = [Unavailable("The store is away."), Unavailable("The store is away.")]
+
+    def judged(*given: Any) -> Judged:
+        if away:
+            raise away.pop()
+        return judge(*given)
+
+    monkeypatch.setattr(making, "judge_whole", judged)
+    settle(stack, base)
+    assert [version.segment for version in line(stack)] == [1, 2]
+    assert {segment.outcome for segment in stack.ledger.segments("acme")} == {Outcome.TRAINED}
