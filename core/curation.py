@@ -10,10 +10,11 @@ from typing import Any
 
 import msgspec
 
+from .languages import language_of
 from .recipe import PERSONAL, Curate
 
 # Why an event is dropped, as counted and logged.
-SHORT, LONG, UNWANTED, DENIED = "short", "long", "unwanted", "denied"
+SHORT, LONG, UNWANTED, DENIED, LANGUAGE = "short", "long", "unwanted", "denied", "language"
 
 
 class Curation:
@@ -25,7 +26,8 @@ class Curation:
         self._deny = [re.compile(pattern) for pattern in rules.deny]
         patterns = rules.replace | {name: PERSONAL[name] for name in PERSONAL if name in rules.redact}
         self._redact = [(re.compile(pattern), f"[{name}]") for name, pattern in patterns.items()]
-        self._reads = bool(self._require or self._deny or self._redact or rules.min_chars > 1)
+        self._languages = {"", *rules.languages} if rules.languages else set()
+        self._reads = bool(self._require or self._deny or self._redact or self._languages or rules.min_chars > 1)
 
     def __call__(self, content: bytes) -> tuple[bytes | None, str]:
         """An entry's content with what is personal replaced; or None, and why it is not to be learned.
@@ -50,6 +52,8 @@ class Curation:
             return None, UNWANTED
         if any(pattern.search(text) for pattern in self._deny):
             return None, DENIED
+        if self._languages and language_of(text) not in self._languages:
+            return None, LANGUAGE
         return content, ""
 
     def _redacted(self, text: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from . import languages
 from .digests import digest_of
 from .errors import BadInput, NotFound
 
@@ -94,7 +95,8 @@ which they are looked for: plain forms, no proof that nothing is missed."""
 
 class Curate(Struct, frozen=True, forbid_unknown_fields=True):
     """What is learned of the events: characters over all texts of one; patterns that must, or must not, be found in it;
-    what is replaced by its name in brackets. `alike` masks a subject's near-duplicates in a segment; 0 is off."""
+    the `languages` that it may be in; what is replaced by its name in brackets. `alike` masks a subject's
+    near-duplicates in a segment. What is empty or 0 is off."""
 
     min_chars: Annotated[int, Meta(ge=0)] = 1
     max_chars: Annotated[int, Meta(ge=1)] = 32_000
@@ -103,9 +105,12 @@ class Curate(Struct, frozen=True, forbid_unknown_fields=True):
     redact: tuple[Literal["email", "phone", "card", "iban", "ip"], ...] = ()
     replace: dict[str, str] = {}
     alike: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    languages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """`ValueError` for a pattern that is none."""
+        """`ValueError` for a pattern that is none, and for a language that is not known."""
+        if self.languages and (unknown := set(self.languages) - languages.known()):
+            raise ValueError(f"{sorted(unknown)[0]!r} is no language of {' '.join(sorted(languages.known()))}")
         for pattern in (*self.require, *self.deny, *self.replace.values()):
             try:
                 re.compile(pattern)
@@ -205,6 +210,8 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
         for name, default in (("shards", Shards()), ("retain", Retain())):
             if getattr(self, name) == default:
                 del held[name]
+        if not self.curate.languages:
+            del held["curate"]["languages"]
         return held
 
     @classmethod

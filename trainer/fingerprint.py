@@ -13,7 +13,7 @@ from riverdelta.core.digests import digest_of, sha256
 
 from .base import Base
 
-_PACKAGES = ("torch", "triton", "transformers", "peft", "datasketch", "river", "riverdelta")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "datasketch", "py3langid", "river", "riverdelta")
 
 
 def fingerprint(base: Base) -> dict[str, str | int]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from riverdelta.core.curation import DENIED, LONG, SHORT, UNWANTED, Curation, text_of
+from riverdelta.core.curation import DENIED, LANGUAGE, LONG, SHORT, UNWANTED, Curation, text_of
 from riverdelta.core.errors import BadInput
 from riverdelta.core.recipe import Curate, Recipe
 
@@ -23,6 +23,7 @@ def said(**content: object) -> bytes:
         (Curate(), "x" * 32_001, LONG),
         (Curate(require=(r"^[\x00-\u024f]*$",)), "Кто дежурит?", UNWANTED),
         (Curate(deny=(r"(?i)confidential", r"\bsecret\b")), "Strictly Confidential.", DENIED),
+        (Curate(languages=("en", "fr")), "Die Heizung im Lager fällt seit gestern aus.", LANGUAGE),
     ],
 )
 def test_a_rule_drops_and_is_named(rules: Curate, text: str, why: str) -> None:
@@ -58,3 +59,20 @@ def test_the_default_rules_change_no_byte(text: str) -> None:
 def test_a_pattern_that_is_none_is_refused() -> None:
     with pytest.raises(BadInput, match="regular expression"):
         Recipe.from_dict({"curate": {"deny": ["("]}})
+
+
+@pytest.mark.parametrize("text", ["The heating has been off since yesterday.", "Bo", "4711", "def f(x): return x + 1"])
+def test_a_language_that_is_not_sure_is_no_other(text: str) -> None:
+    assert Curation(Curate(languages=("en",)))(said(text=text)) == (said(text=text), "")
+
+
+def test_a_language_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"'english' is no language of .* en "):
+        Recipe.from_dict({"curate": {"languages": ["english"]}})
+
+
+def test_recipes_without_languages_keep_their_digests() -> None:
+    assert "languages" not in Recipe().to_dict()["curate"]
+    spoken = Recipe.from_dict({"curate": {"languages": ["en"]}})
+    assert Recipe.from_dict(spoken.to_dict()) == spoken
+    assert spoken.digest != Recipe().digest
