@@ -69,7 +69,11 @@ def is_equal(
 ) -> tuple[list[str], Lived]:
     """Live a history and compare: the differences, and the history."""
     folder.mkdir(parents=True)
-    lived = Lived(seed, base, folder, **given)
+    return compared(Lived(seed, base, folder, **given), path, folder, control)
+
+
+def compared(lived: Lived, path: Path, folder: Path, control: Control) -> tuple[list[str], Lived]:
+    """Live a history that has been made, and compare."""
     try:
         lived.live()
         return differences(lived, folder, path, control), lived
