@@ -21,7 +21,7 @@ from riverdelta.registry.ledger import Hand, Ledger
 from riverdelta.registry.ledger.decisions import Line
 from riverdelta.registry.report import print_replayed
 
-from .raw_log import Place, check_incarnation, read_lessons
+from .raw_log import Place, check_incarnation, places_of, read_lessons
 from .trace import open_ledger
 
 Progress = Callable[[str, int, int], None]
@@ -45,6 +45,7 @@ class Plan:
     incarnations: frozenset[str]
     revoked: frozenset[str]
     written_off: frozenset[Place]  # what versions wrote that were revoked at the time, whatever has come of them since
+    came_before: frozenset[Place]  # what had come in, suppressed, before its subject was allowed again
     fingerprint: dict[str, Any]
 
 
@@ -82,9 +83,7 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
         )
     numbers = sorted(line.segments)
     manifests = [ledger.manifest(adapter, each) for each in numbers]
-    segments = tuple(
-        tuple((entry.partition, entry.offset, entry.event) for entry in manifest.entries) for manifest in manifests
-    )
+    segments = tuple(tuple(places_of(manifest)) for manifest in manifests)
     firsts = [ledger.segment(adapter, each).first for each in numbers]
     allowed: dict[str, int] = {}
     for fact in ledger.facts(adapter):
@@ -92,6 +91,11 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
             allowed[fact.body["subject"]] = fact.body["index"]
         elif fact.kind == "forget":
             allowed.pop(fact.body["subject"], None)
+    entries = [
+        (at, first + place, entry)
+        for first, places, manifest in zip(firsts, segments, manifests, strict=True)
+        for place, (at, entry) in enumerate(zip(places, manifest.entries, strict=True))
+    ]
     return Plan(
         adapter,
         number,
@@ -101,15 +105,15 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
         segments,
         tuple(numbers),
         tuple(line.word(ledger.segment(adapter, each)) for each in numbers),
-        {at: first + i for first, places in zip(firsts, segments, strict=True) for i, at in enumerate(places)},
+        {at: index for at, index, _ in entries},
         allowed,
         frozenset(run for manifest in manifests for run in manifest.incarnations),
         ledger.revoked_digests(),
+        frozenset(at for at, _, entry in entries if entry.tombstone and entry.written_by),
         frozenset(
-            (entry.partition, entry.offset, entry.event)
-            for manifest in manifests
-            for entry in manifest.entries
-            if entry.tombstone and entry.written_by
+            at
+            for at, index, entry in entries
+            if entry.tombstone and any(allowed.get(who, math.inf) <= index for who in entry.subjects)
         ),
         versions[number].fingerprint,
     )
@@ -133,7 +137,8 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
     left_out = {
         at
         for at, lesson in lessons.items()
-        if (lesson.written_by and (lesson.written_by in wanted.revoked or at in wanted.written_off))
+        if at in wanted.came_before
+        or (lesson.written_by and (lesson.written_by in wanted.revoked or at in wanted.written_off))
         or any(wanted.indexes[at] < until.get(subject, 0) for subject in lesson.subjects)
     }
     trainer = settings.trainer

@@ -7,20 +7,16 @@ import uuid
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from msgspec import UNSET
-
 from riverdelta.core.curation import Curation
 from riverdelta.core.errors import Corrupt, NotFound, Unavailable
 from riverdelta.core.events import ContractError, Event, Feedback, Interaction, content_of, decode
-from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import FeedbackPolicy, Recipe
 from riverdelta.core.settings import Settings
+from riverdelta.registry.ledger import Manifest
 from riverdelta.streams.joining import compose, teaches
 
 Where = tuple[int, int]  # partition and offset
-Place = tuple[
-    int, int, bytes
-]  # and the keyed hash that names the event, or the lesson that an answer's feedback taught
+Place = tuple[int, int, Where | None]  # and those of the other event, where an answer and feedback make an entry
 _IDLE_SECONDS = 1.5  # the embedded broker does not know where a log ends
 _PATIENCE_SECONDS = 30.0
 
@@ -62,19 +58,27 @@ def _id(incarnation: str) -> uuid.UUID:
 def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Place], recipe: Recipe) -> dict[Place, Lesson]:
     """The lessons of the entries at these places of the events topic, as the recipe's rules leave them; `NotFound`
     when Kafka no longer holds one, `Corrupt` when the rules would not have let it in."""
-    events = _events(settings, adapter, {(partition, offset) for partition, offset, _ in wanted})
-    return lessons_of(events, SubjectKey.open(settings.keys_dir), adapter, wanted, recipe)
+    events = _events(settings, adapter, {where for place in wanted for where in (place[:2], place[2]) if where})
+    return lessons_of(events, adapter, wanted, recipe)
+
+
+def places_of(manifest: Manifest) -> list[Place]:
+    """Where the entries of a segment lie."""
+    partners = {at: (partition, offset) for at, (_, partition, offset) in manifest.partners.items()}
+    return [(entry.partition, entry.offset, partners.get(at)) for at, entry in enumerate(manifest.entries)]
 
 
 def lessons_of(
-    events: Mapping[Where, Event], key: SubjectKey, adapter: str, wanted: Sequence[Place], recipe: Recipe
+    events: Mapping[Where, Event], adapter: str, wanted: Sequence[Place], recipe: Recipe
 ) -> dict[Place, Lesson]:
     """The same of an adapter's events that have been read already, with the partners of those that have one."""
-    partners, curate = _Partners(events.values(), key, recipe.feedback), Curation(recipe.curate)
+    curate = Curation(recipe.curate)
     lessons: dict[Place, Lesson] = {}
     for place in wanted:
-        event = events.get(place[:2])
-        lesson = None if event is None else partners.lesson(event, place[2])
+        event, partner = events.get(place[:2]), place[2] and events.get(place[2])
+        lesson = None
+        if event is not None and bool(partner) is bool(place[2]):
+            lesson = _lesson(event, partner, recipe.feedback)
         if lesson is None:
             raise NotFound(
                 f"Kafka no longer holds what {adapter} learned at {place[0]}:{place[1]}.",
@@ -91,51 +95,32 @@ def lessons_of(
     return lessons
 
 
-class _Partners:
-    """Interactions by response, and the feedback on them by the lesson that it taught."""
-
-    def __init__(self, events: Collection[Event], key: SubjectKey, policy: FeedbackPolicy) -> None:
-        self._interactions: dict[str, Event] = {}
-        self._feedback: dict[bytes, Event] = {}
-        for event in events:
-            record = event.record
-            if isinstance(record, Interaction):
-                self._interactions.setdefault(record.response, event)
-            elif isinstance(record, Feedback) and teaches(content_of(record), policy):
-                if record.correction is not UNSET:
-                    self._feedback.setdefault(key.event("\0correction", record.response), event)
-                elif isinstance(record.rating, float) and record.rating > 0:
-                    self._feedback.setdefault(key.event("\0rating", record.response), event)
-
-    def lesson(self, event: Event, named: bytes) -> Lesson | None:
-        """What an event, or its meeting with its partner, taught; None when the partner is gone."""
-        record = event.record
-        interaction: Event | None
-        feedback: Event | None
-        if isinstance(record, Interaction):
-            interaction, feedback = event, self._feedback.get(named)
-        elif isinstance(record, Feedback):
-            interaction, feedback = self._interactions.get(record.response), event
-        else:
-            return Lesson(content_of(record), event.subjects)
-        if interaction is None or feedback is None:
-            return None
-        content, by_model = compose(content_of(interaction.record), content_of(feedback.record))
-        digest = interaction.record.digest if isinstance(interaction.record, Interaction) and by_model else ""
-        return Lesson(content, tuple(sorted({*interaction.subjects, *feedback.subjects})), digest)
+def _lesson(event: Event, partner: Event | None, policy: FeedbackPolicy) -> Lesson | None:
+    """What an event, or its meeting with its partner, taught; None for a pair that does not belong together."""
+    if partner is None:
+        paired = isinstance(event.record, Interaction | Feedback)
+        return None if paired else Lesson(content_of(event.record), event.subjects)
+    asked, said = event.record, partner.record
+    if isinstance(asked, Feedback):
+        asked, said = said, asked
+    if not isinstance(asked, Interaction) or not isinstance(said, Feedback) or asked.response != said.response:
+        return None
+    if not teaches(content_of(said), policy):
+        return None
+    content, by_model = compose(content_of(asked), content_of(said))
+    return Lesson(content, tuple(sorted({*event.subjects, *partner.subjects})), asked.digest if by_model else "")
 
 
 def _events(settings: Settings, adapter: str, wanted: set[Where]) -> dict[Where, Event]:
-    """The adapter's events, from each partition's beginning until all that is wanted, and its partners, are there."""
+    """The adapter's events, from each partition's beginning until all that is wanted is there."""
     found: dict[Where, Event] = {}
-    missing, partners = set(wanted), False
+    missing = set(wanted)
     with contextlib.closing(_records(settings)) as records:
         for partition, offset, event in records:
             if event.adapter == adapter:
                 found[partition, offset] = event
                 missing.discard((partition, offset))
-                partners = partners or isinstance(event.record, Interaction | Feedback)
-            if not missing and not partners:
+            if not missing:
                 break
     return found
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
+
 from riverdelta.core import merkle, payload
 from riverdelta.core.errors import Corrupt, NotFound
 from riverdelta.core.store import ObjectStore
@@ -26,7 +28,7 @@ class Written:
 def encrypt(name: str, manifest: Manifest, contents: Sequence[bytes | None]) -> Written:
     """A segment's payload with the manifest that commits to it; `name` is what its keys will be known by."""
     made = payload.encode(name, [entry.mentions for entry in manifest.entries], contents)
-    committed = Manifest(manifest.incarnations, manifest.entries, made.leaves)
+    committed = msgspec.structs.replace(manifest, leaves=made.leaves)
     return Written(made.data, made.digest, made.keys, committed, merkle.root(committed.commitments).hex())
 
 

@@ -14,20 +14,23 @@ from .ledger import Fact, Forget, Ledger, Line
 _ACTS = ("rollback", "resume", "allow")
 
 
-def kafka_still_holds(erased: list[dict[str, Any]], forget: Forget, settings: Settings) -> list[dict[str, Any]]:
-    """Where Kafka may hold what was erased, and until when: topic, incarnation, partition, offsets.
+def kafka_still_holds(
+    erased: list[tuple[str, int, int, str]], forget: Forget, settings: Settings
+) -> list[dict[str, Any]]:
+    """Where Kafka may hold what was erased (incarnation, partition, offset, time of sealing), and until when: topic,
+    incarnation, partition, offsets.
 
     `removable_at` is when retention may remove the last of it; Kafka does so with the whole of a log file, once that is
     closed. A control message that asked for the forget holds the subject's plain name.
     """
     topics = settings.topics
     kept = timedelta(hours=topics.retention_hours)
-    places: dict[tuple[str, int], list[int]] = defaultdict(list)
+    places: dict[tuple[str, int], set[int]] = defaultdict(set)
     last: dict[tuple[str, int], str] = defaultdict(str)
-    for entry in erased:
-        place = (entry["incarnation"], entry["partition"])
-        places[place].append(entry["offset"])
-        last[place] = max(last[place], entry["sealed_at"])
+    for incarnation, partition, offset, sealed_at in erased:
+        place = (incarnation, partition)
+        places[place].add(offset)
+        last[place] = max(last[place], sealed_at)
     held = [
         {
             "topic": topics.events,

@@ -137,6 +137,7 @@ class Purge:
         erased: list[dict[str, Any]] = []
         payloads: list[dict[str, Any]] = []
         segments: list[dict[str, Any]] = []
+        places: list[tuple[str, int, int, str]] = []
         for part in _parts(forget):
             indexes = set(part["indexes"])
             for number in part["segments"]:
@@ -156,6 +157,8 @@ class Purge:
                 )
                 for place, (entry, commitment) in enumerate(zip(manifest.entries, leaves, strict=True)):
                     if segment.first + place in indexes:
+                        lie = [(entry.run, entry.partition, entry.offset), manifest.partners.get(place)]
+                        places += [(manifest.incarnations[at[0]], *at[1:], segment.sealed_at) for at in lie if at]
                         erased.append(
                             {
                                 "adapter": segment.adapter,
@@ -179,7 +182,7 @@ class Purge:
             "erased": erased,
             "segments": segments,
             "payloads": payloads,
-            "kafka": kafka_still_holds(erased, forget, self._settings),
+            "kafka": kafka_still_holds(places, forget, self._settings),
         }
         self._store.put(key, canonical_json(draft))
         return draft

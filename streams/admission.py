@@ -100,7 +100,13 @@ class Draft:
             )
             for entry in self.entries
         )
-        return Manifest(tuple(runs), entries)
+        partners = {
+            place: (runs.setdefault(where[0], len(runs)), where[1], offset)
+            for place, entry in enumerate(self.entries)
+            if entry.partner
+            for where, offset in [entry.partner]
+        }
+        return Manifest(tuple(runs), entries, partners=partners)
 
     def contents(self) -> list[bytes | None]:
         """The entries as the payload keeps them."""

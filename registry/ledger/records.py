@@ -61,15 +61,17 @@ class ManifestEntry(msgspec.Struct, array_like=True, frozen=True):
         return (*self.subjects, self.written_by) if self.written_by else self.subjects or ("",)
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     """The entries of a segment in index order, and the topic incarnations that they came from.
 
-    `leaves` joins the entries' commitments, 32 bytes each: leaf hashes of the segment's Merkle tree.
+    `leaves` joins the entries' commitments, 32 bytes each: leaf hashes of the segment's Merkle tree. `partners` gives,
+    by an entry's place in the segment, where the other event lies that it was made of: run, partition, offset.
     """
 
     incarnations: tuple[str, ...]
     entries: tuple[ManifestEntry, ...]
     leaves: bytes = b""
+    partners: dict[int, tuple[int, int, int]] = {}
 
     def pack(self) -> bytes:
         """MessagePack bytes, as stored."""
@@ -110,15 +112,14 @@ class Manifest(msgspec.Struct, frozen=True):
 
     def erased(self, mentions: set[str]) -> "Manifest":
         """The same entries, tombstones where they mention any of these."""
-        return Manifest(
-            self.incarnations,
-            tuple(
+        return msgspec.structs.replace(
+            self,
+            entries=tuple(
                 msgspec.structs.replace(entry, tombstone=True)
                 if not entry.tombstone and (entry.written_by in mentions or not mentions.isdisjoint(entry.subjects))
                 else entry
                 for entry in self.entries
             ),
-            self.leaves,
         )
 
 

@@ -157,13 +157,14 @@ class Control:
         """A segment of entries at these places, tombstones where the events are forgotten."""
         first = self.world.ledger.adapter(name).next_index
         recipe = Recipe.from_dict(self.told["adapters"][name][0])
-        places = [(part, offset, bytes.fromhex(event)) for part, offset, event, _ in entries]
-        lessons = lessons_of(self.events[name], KEY, name, places, recipe)
+        places = [(part, offset, partner and (partner[0], partner[1])) for part, offset, partner, *_ in entries]
+        lessons = lessons_of(self.events[name], name, places, recipe)
         listed = []
-        for index, (place, (*_, written_off)) in enumerate(zip(places, entries, strict=True), start=first):
+        for index, (place, (*_, event, left_out)) in enumerate(zip(places, entries, strict=True), start=first):
             lesson = lessons[place]
-            gone = self.is_forgotten(name, index, lesson) or written_off
-            listed.append(ManifestEntry(0, place[0], place[1], place[2], lesson.subjects, gone, lesson.written_by))
+            gone = self.is_forgotten(name, index, lesson) or left_out
+            said = bytes.fromhex(event)
+            listed.append(ManifestEntry(0, place[0], place[1], said, lesson.subjects, gone, lesson.written_by))
             self.world.contents[name, index] = lesson.content  # type: ignore[assignment]
             self.world.subjects[name, index] = lesson.subjects
         self.world.append(name, listed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from riverdelta.trainer.base import Base
+from tests.streams.simulation import KEY
 
 from .live import Lived
 
@@ -31,7 +32,7 @@ class Directed(Lived):
     """A history that is told what happens."""
 
     def __init__(self, base: Base, folder: Path, leak: str) -> None:
-        recipe, self.story = DIRECTED[leak]
+        recipe, self.story = DIRECTED[leak] if leak in DIRECTED else ({}, CORNERS[leak])
         super().__init__(0, base, folder, size=0, small={**RECIPE, **recipe})
 
     def live(self) -> "Directed":
@@ -171,4 +172,42 @@ DIRECTED: dict[str, tuple[dict[str, Any], Callable[[Directed], None]]] = {
     "dedupe_window": ({}, _sent_again),
     "checkpoints": ({}, _in_the_middle),
     "decisions_unseen": (SURE, _decided_by_ann),
+}
+
+
+def _two_corrections(lived: Directed) -> None:
+    """They contradict each other, on two partitions, and wait for their answer: it meets the one that was read first,
+    which is not the one on the first partition."""
+    told = {"adapter": "acme", "type": "feedback", "response": "r1"}
+    lived.river.publish(1, {**told, "subject": "bob", "correction": " Bobby"})
+    lived.river.publish(0, {**told, "subject": "cy", "correction": " Cyrus"})
+    lived.flow().read(1, 1)
+    answer = {"type": "interaction", "response": "r1", "digest": "d", "subject": "bob"}
+    lived.river.publish(0, {"adapter": "acme", **answer, "prompt": "Q: who?\nA:", "completion": " Annabel"})
+    lived.flow().read(0, 2)
+    lived.segment(says("ann", "name", "Annabel"))
+    lived.learn()
+    lived.forget_ann()
+
+
+def _allowed_before_it_is_sealed(lived: Directed) -> None:
+    """What ann says while she is suppressed is erased on arrival: it stays so when she is allowed before it is
+    sealed, and what comes after is learned."""
+    lived.segment(says("bob", "code", "42"))
+    lived.forget_ann()
+    lived.flow().worker.commit()
+    for event in (says("ann", "name", "Annabel"), says("bob", "name", "Bobby")):
+        lived.river.publish(0, {"adapter": "acme", **event})
+    lived.flow().read(0, 2)
+    lived.ledger.allow(KEY.subject("ann"), ["acme"], "test")
+    lived.forgotten["acme"]["ann"] = lived.ledger.adapter("acme").next_index
+    lived.segment(says("ann", "town", "Delft"))
+    gone = [entry.tombstone for _, manifest in lived.ledger.manifests("acme") for entry in manifest.entries]
+    assert gone == [False, True, False, False]
+
+
+# Where a history and its control could take different things for what came in, or for forgotten.
+CORNERS: dict[str, Callable[[Directed], None]] = {
+    "two_corrections": _two_corrections,
+    "allowed_before_it_is_sealed": _allowed_before_it_is_sealed,
 }

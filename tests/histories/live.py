@@ -7,6 +7,7 @@ forgotten.
 """
 
 import contextlib
+import math
 import os
 import random
 import threading
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from riverdelta.app.raw_log import places_of
 from riverdelta.core.digests import sha256
 from riverdelta.core.errors import Conflict, Refused
 from riverdelta.core.recipe import Recipe
@@ -152,7 +154,7 @@ class Lived:
         if draw < 0.35:
             return {**event, **self.answer(adapter)}
         if draw < 0.50 and self.asked:
-            adapter, response = self.asked.pop(self.rng.randrange(len(self.asked)))
+            adapter, response = self.rng.choice(self.asked[-8:])  # now and then twice, and not the same
             said = {"correction": f" {self.rng.randrange(10**5)}"} if self.rng.random() < 0.4 else {"rating": 1}
             return {**event, "adapter": adapter, "type": "feedback", "response": response, **said}
         self.river.events += 1
@@ -179,8 +181,6 @@ class Lived:
         digest = self.ledger.releases()[by][1] or BASE_DIGEST
         if written and self.rng.random() < 0.3:
             digest = self.rng.choice(written)
-        # Each is answered by one feedback at most: of two that contradict each other, on two partitions, the ledger
-        # does not record which of them it was that the answer met.
         self.asked.append((adapter, f"r{self.counts['answers']}"))
         return {
             "type": "interaction",
@@ -288,9 +288,9 @@ class Lived:
             self.forgotten[name][subject] = None
 
     def allow(self) -> None:
-        """Somebody forgotten may be learned again, once nothing of theirs is between Kafka and the ledger."""
+        """Somebody forgotten may be learned again."""
         gone = [(name, who) for name in ADAPTERS for who, index in self.forgotten[name].items() if index is None]
-        if not gone or (self.stream is not None and any(not state.idle for state in self.stream.worker.owner.states())):
+        if not gone:
             return
         name, subject = self.rng.choice(gone)
         for lifted in self.ledger.allow(KEY.subject(subject), [name], "test"):
@@ -398,15 +398,16 @@ class Lived:
 
     def _sealed(self, adapter: str, number: int) -> dict[str, Any]:
         """Where its entries came from. Of text that a version wrote it says whether it was written off: that is
-        recorded, in certificates too, because equal weights may be revoked at one time and clean at another."""
-        entries = self.ledger.manifest(adapter, number).entries
-        return {
-            "adapter": adapter,
-            "entries": [
-                [each.partition, each.offset, each.event.hex(), bool(each.written_by) and each.tombstone]
-                for each in entries
-            ],
-        }
+        recorded, in certificates too, because equal weights may be revoked at one time and clean at another. Of entries
+        about somebody who is allowed again it says whether they had come in before."""
+        segment, manifest = self.ledger.segment(adapter, number), self.ledger.manifest(adapter, number)
+        again = {KEY.subject(who): index for who, index in self.forgotten[adapter].items() if index is not None}
+        entries = []
+        for place, (at, entry) in enumerate(zip(places_of(manifest), manifest.entries, strict=True)):
+            allowed = any(segment.first + place >= again.get(who, math.inf) for who in entry.subjects)
+            self.counts["came before they were allowed"] += entry.tombstone and allowed
+            entries.append([*at, entry.event.hex(), entry.tombstone and (bool(entry.written_by) or allowed)])
+        return {"adapter": adapter, "entries": entries}
 
     def lines(self) -> dict[str, list[tuple[int | None, str, str]]]:
         """Per adapter, what its line has learned: segment, weights and optimiser state."""

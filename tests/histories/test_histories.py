@@ -12,7 +12,7 @@ from riverdelta.trainer.base import Base
 from tests.tiny import make_tiny
 
 from .check import Control, a_control, compared, is_equal
-from .directed import DIRECTED, Directed
+from .directed import CORNERS, DIRECTED, Directed
 from .planted import PLANTED
 
 
@@ -50,6 +50,13 @@ def test_a_planted_leak_is_caught(tmp_path: Path, path: Path, base: Base, contro
     with pytest.MonkeyPatch.context() as patch:
         PLANTED[leak](patch)
         assert differs(leak, path, base, tmp_path / "leaking", control) != []
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+def test_live_and_control_agree_in_a_corner(
+    tmp_path: Path, path: Path, base: Base, control: Control, corner: str
+) -> None:
+    assert differs(corner, path, base, tmp_path / "live", control) == []
 
 
 def test_every_leak_has_a_history() -> None:
