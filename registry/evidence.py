@@ -11,7 +11,7 @@ from riverdelta.core.telemetry import now
 from .ledger import Fact, Forget, Ledger, Line
 
 # Acts of operators shape what is learned, and are kept when what was learned is replayed.
-_ACTS = ("rollback", "resume", "allow")
+_ACTS = ("rollback", "resume", "by_hand", "allow")
 
 
 def kafka_still_holds(

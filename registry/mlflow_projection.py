@@ -82,6 +82,7 @@ class Projection:
             aliases = self._mlflow.ensure_model(adapter, _model_tags(head))
             if due:
                 self._project_versions(head, due)
+                self._erase_versions(adapter, [version.number for version in due if version.purged])
             found = _by_number(self._mlflow.model_versions(adapter), versions)
             live = str(found[head.release].version) if head.release in found else ""
             if aliases.get(LIVE, "") != live:
@@ -121,18 +122,9 @@ class Projection:
         """Remove versions' rows and artifacts past MLflow's soft deletion; the ids of runs whose rows only the MLflow
         server's own `mlflow gc` can remove."""
         with self._one_at_a_time:
-            left = []
             experiment = self._mlflow.ensure_experiment(adapter)
-            runs = self._mlflow.runs(experiment, _VERSION)
-            if versions:
-                left += self._erase_gate(adapter, experiment)
-            for held in self._mlflow.model_versions(adapter) if adapter in self._mlflow.aliases(LIVE) else ():
-                if held.tags.get(_VERSION) in map(str, versions):
-                    self._mlflow.delete_model_version(adapter, held.version, held.tags)
-            for number in versions:
-                if str(number) in runs and not self._mlflow.erase_run(runs[str(number)]):
-                    left.append(runs[str(number)].info.run_id)
-            return left
+            left = self._erase_gate(adapter, experiment) if versions else []
+            return left + self._erase_versions(adapter, versions)
 
     def scrub(self) -> None:
         """Overwrite what erasing left in MLflow's own database, where that is ours to do."""
@@ -149,13 +141,24 @@ class Projection:
             held = known.get(str(version.number))
             run = runs.get(str(version.number))
             if version.purged or (version.revoked and held is None):
-                continue  # nothing of it is shown any more, or ever was
+                continue  # nothing of it is shown, or ever was
             run = self._project_run(head, version, experiment, run)
             tags = _tags(version)
             if held is None:
                 self._mlflow.create_model_version(head.name, run.info.run_id, FOLDER, tags)
             else:
                 self._mlflow.tag_model_version(head.name, held.version, held.tags, tags)
+
+    def _erase_versions(self, adapter: str, versions: Collection[int]) -> list[str]:
+        """The ids of those runs that only the server's own `mlflow gc` can remove."""
+        if not versions:
+            return []
+        runs = self._mlflow.runs(self._mlflow.ensure_experiment(adapter), _VERSION)
+        for held in self._mlflow.model_versions(adapter) if adapter in self._mlflow.aliases(LIVE) else ():
+            if held.tags.get(_VERSION) in map(str, versions):
+                self._mlflow.delete_model_version(adapter, held.version, held.tags)
+        gone = [runs[str(number)] for number in versions if str(number) in runs]
+        return [run.info.run_id for run in gone if not self._mlflow.erase_run(run)]
 
     def _project_run(self, head: AdapterRecord, version: VersionRecord, experiment: str, run: Any) -> Any:
         at = _milliseconds(version.made_at)

@@ -20,7 +20,7 @@ from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore, weights_key
 from riverdelta.registry import contents
 from riverdelta.registry.keystore import KeyStore
-from riverdelta.registry.ledger import Cause, Increment, Ledger, Manifest, ManifestEntry, Seal
+from riverdelta.registry.ledger import Cause, Increment, Ledger, Manifest, ManifestEntry, Seal, Stage
 
 NAMES = ("ann", "bob")
 
@@ -164,6 +164,34 @@ def test_forget_reports_what_it_revoked(data: Path) -> None:
     assert [fact["body"]["subject"] for fact in facts if fact["kind"] == "forget"] == [subject]
     assert as_json(data, "allow", "--subject", "nobody", "--adapter", "acme") == {"allowed": ["acme"]}
     assert run(data, "allow", "--subject", "nobody", "--adapter", "acme").returncode == 3
+
+
+def test_the_progress_of_a_forget_is_in_list_and_log(data: Path) -> None:
+    """Stage by stage, and within the rebuild segment by segment."""
+
+    def listed() -> list[tuple[str, int, int]]:
+        return [(held["stage"], held["rebuild"], held["left"]) for held in as_json(data, "list")["forgets"]]
+
+    assert as_json(data, "forget", "--subject", "ann", "--adapter", "acme", "--request", "r1")["revoked"] == {"acme": 2}
+    assert listed() == [("acknowledged", 2, 2)]
+    ledger = Ledger.open(f"sqlite:///{data}/ledger.db")
+    for number in (1, 2):
+        work = ledger.work("acme")
+        assert work is not None
+        tip, epoch = work.adapter.tip, work.adapter.epoch
+        ledger.commit(Increment("acme", number, epoch, tip, f"{number}" * 64, "", (), {}, {}), "trainer")
+        assert listed() == [("acknowledged", 2, 2 - number)]
+        assert f"acknowledged, in acme, {number} of 2 segments rebuilt" in run(data, "list").stdout
+    ledger.advance("r1", Stage.REBUILT, {}, "keeper")
+    assert listed() == [("rebuilt", 2, 0)]
+    ledger.advance("r1", Stage.PURGED, {"manifest": "forgets/r1.json"}, "keeper")
+    ledger.close()
+    assert listed() == []
+    facts = as_json(data, "log", "acme")
+    stages = [fact["body"]["stage"] for fact in facts if fact["kind"] == "forget_stage"]
+    assert stages == ["acknowledged", "rebuilt", "purged"]
+    log = " ".join(run(data, "log", "acme").stdout.split())
+    assert all(f"forget {stage} (r1)" in log for stage in stages)
 
 
 def test_diff(data: Path) -> None:

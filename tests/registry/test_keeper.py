@@ -1,5 +1,6 @@
 """The keeper on a real MLflow: projection and repair, aliases that people move, forgets brought to their end."""
 
+import contextlib
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from riverdelta.core.errors import NotFound
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Kafka, Settings
 from riverdelta.registry import contents, operations
+from riverdelta.registry.gc import collect
 from riverdelta.registry.keeper import Keeper, run
 from riverdelta.registry.ledger import Cause, Hand, Outcome, Stage
 from tests.registry.stack import Stack, two_versions, wait
@@ -72,6 +74,33 @@ def test_mlflow_shows_the_ledger_and_is_repaired(alone: Settings, tmp_path: Path
     assert mlflow.get_model_version_by_alias("acme", "live").tags["riverdelta.digest"] == digests["2"]
     assert live(alone) == "2"
     assert mlflow.get_registered_model("acme").tags["team"] == "support"
+
+
+def test_what_retention_drops_goes_from_mlflow_too(alone: Settings) -> None:
+    stack = Stack(alone)
+    stack.ledger.create("acme", Recipe.from_dict({"retain": {"every": 3, "targets": 1}}), "test")
+    for number in range(4):
+        stack.seal("acme", [("bob", f"bob {number}")])
+    stack.train("acme")
+    projection = keeper_of(stack).projection
+    projection.catch_up()
+    mlflow = client(alone)
+    runs = {v.tags["riverdelta.version"]: v.run_id for v in mlflow.search_model_versions("name='acme'")}
+    assert sorted(runs) == ["1", "2", "3", "4"]
+    collect(stack.ledger, stack.store, stack.keys, 0.0)
+    projection.catch_up()
+    kept = {v.tags.get("riverdelta.version") for v in mlflow.search_model_versions("name='acme'")}
+    assert kept == {"1", "4"}
+    assert live(alone) == "4"
+    for number, run_id in runs.items():
+        there = [path for path in alone.data.rglob("*") if run_id in str(path) and path.is_file()]
+        assert bool(there) is (number in kept), "its artifacts"
+    with contextlib.closing(sqlite3.connect(alone.data / "mlflow.db")) as database:
+        left = {row[0] for row in database.execute("SELECT run_uuid FROM runs")}
+    assert left & set(runs.values()) == {runs["1"], runs["4"]}, "past the soft deletion"
+    projection.repair()
+    again = {v.tags.get("riverdelta.version") for v in mlflow.search_model_versions("name='acme'")}
+    assert again == kept
 
 
 def test_mlflow_shows_what_the_gate_decided(alone: Settings) -> None:
