@@ -31,6 +31,7 @@ class Log:
         self._ledger, self._store, self._keys, self._alike = ledger, store, keys, recipe.curate.alike
         self._held: dict[int, list[bytes | None]] = {}
         self._shared: dict[int, list[list[int]]] = {}
+        self._masked: dict[int, int] = {}
 
     def since(self, segment: SegmentRecord) -> int:
         """The first segment that an increment of this one may still look at."""
@@ -57,6 +58,12 @@ class Log:
         said = self._read(segment)
         return [said[place] for place in self.places(segment, shard)]
 
+    def masked(self, segment: SegmentRecord) -> int:
+        """How many of a segment's entries are a subject's near-duplicates, and teach nothing."""
+        if self._alike:
+            self._read(segment)
+        return self._masked.get(segment.number, 0)
+
     def _read(self, segment: SegmentRecord) -> list[bytes | None]:
         if segment.number not in self._held:
             while len(self._held) >= (_HELD_SEGMENTS if self.count > 1 else 1):
@@ -70,7 +77,9 @@ class Log:
             return live
         # Only what is about the very same subjects is compared, and that belongs to one shard.
         subjects = [entry.subjects for entry in self._ledger.manifest(segment.adapter, segment.number).entries]
-        return without_near_duplicates(live, subjects, self._alike)
+        kept = without_near_duplicates(live, subjects, self._alike)
+        self._masked[segment.number] = kept.count(None) - live.count(None)
+        return kept
 
 
 class Earlier(Sequence[bytes | None]):

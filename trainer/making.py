@@ -55,12 +55,14 @@ class Made:
 
 
 class Making:
-    """The increment of an adapter without shards: one share."""
+    """The increment of an adapter without shards: one share. `masked` counts the segment's near-duplicates."""
 
     def __init__(self, base: Base, ledger: Ledger, store: ObjectStore, keys: KeyStore, work: Work) -> None:
         """Read what the increment is made from; `NotFound` or `Corrupt` where a store does not hold it."""
         recipe, seed = Recipe.from_dict(work.adapter.recipe), work.adapter.seed
-        inputs = read_inputs(ledger, store, Log(ledger, store, keys, recipe), work)
+        log = Log(ledger, store, keys, recipe)
+        inputs = read_inputs(ledger, store, log, work)
+        self.masked = log.masked(work.segment)
         recipe = budgeted(recipe, inputs.usual)
         learner = Learner(base, recipe, seed, inputs.entries, inputs.earlier, inputs.weights, inputs.state)
         gate = None
@@ -105,6 +107,7 @@ class ShardedMaking(Making):
         self._base, self._work, self._store = base, work, store
         self._recipe, self._segment = Recipe.from_dict(work.adapter.recipe), work.segment.number
         self._log = log = Log(ledger, store, keys, self._recipe)
+        self.masked = log.masked(work.segment)
         self._line = line = line_of(ledger, work)
         since = log.since(work.segment)
         self._everything = Earlier(log, learned_by(ledger, line, since))

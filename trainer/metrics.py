@@ -20,6 +20,11 @@ class Metrics:
         self.outcomes = Counter(
             "riverdelta_trainer_outcomes", "Increments by what became of them", ("outcome",), registry=registry
         )
+        self.masked = Counter(
+            "riverdelta_trainer_entries_masked",
+            "Entries that teach nothing: near-duplicates of an earlier one of their subject, again when trained again",
+            registry=registry,
+        )
         self.rejected_in_a_row = Gauge(
             "riverdelta_trainer_rejected_in_a_row",
             "Segments that the gate has rejected in a row, of adapters where these are as many as the recipe's alarm",

@@ -36,7 +36,7 @@ class Outcomes:
         self._fingerprint, self._patiently, self._told = fingerprint, patiently, told
         self._metrics = metrics
 
-    def commit(self, work: Work, made: Made, saw: Collection[int], seconds: float) -> None:
+    def commit(self, work: Work, made: Made, saw: Collection[int], masked: int, seconds: float) -> None:
         """Files first, then the ledger; a ledger that has moved on refuses, and the files go again."""
         candidate = made.candidate
         assert candidate is not None
@@ -50,7 +50,7 @@ class Outcomes:
             candidate.state_digest,
             tuple(sorted(saw)),
             self._fingerprint,
-            {**candidate.metrics, **made.judged.metrics, "seconds": round(seconds, 3)},
+            {**candidate.metrics, **made.judged.metrics, "masked": masked, "seconds": round(seconds, 3)},
             made.parts,
             made.withheld,
             work.token,
@@ -66,6 +66,7 @@ class Outcomes:
             self._remove(candidate)
             return
         self._metrics.outcomes.labels("trained").inc()
+        self._metrics.masked.inc(masked)
         with contextlib.suppress(KeyError):
             self._metrics.rejected_in_a_row.remove(version.adapter)
         self._metrics.seconds.observe(seconds)

@@ -342,5 +342,5 @@ class Worker:
                 self._outcomes.reject(active.work, made.judged.rejected, made.judged.metrics)
             else:
                 seconds = time.monotonic() - active.began
-                self._outcomes.commit(active.work, made, active.making.saw, seconds)
+                self._outcomes.commit(active.work, made, active.making.saw, active.making.masked, seconds)
         self._drop(active)

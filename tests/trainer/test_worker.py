@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import state_key, weights_key
 from riverdelta.registry.ledger import Cause, Outcome
 from riverdelta.trainer import claims
@@ -55,6 +56,20 @@ def test_every_segment_becomes_a_version_whose_files_lie_in_the_store(stack: Sta
     assert trainer.released == ["acme"] * 3  # type: ignore[attr-defined]
     trainer.close()
     assert stack.ledger.leases() == []
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_masked_near_duplicates_are_counted(stack: Stack, base: Base, shards: int) -> None:
+    like = {**recipe().to_dict(), "curate": {"alike": 0.7}, "shards": {"count": shards}}
+    stack.create("acme", Recipe.from_dict(like))
+    text = b'{"type":"example","text":"The hotline of Acme is open until nine."}'
+    stack.seal("acme", [text, text, fact(1), text, None], ["ann", "ann", "ann", "bob", "bob"])
+    trainer = worker(stack, base)
+    settle(trainer)
+    found = stack.ledger.version("acme", 1).metrics
+    assert (found["masked"], found["entries"]) == (1, 3)
+    assert trainer._metrics.masked._value.get() == 1
+    trainer.close()
 
 
 def test_who_has_waited_longest_is_served_first(stack: Stack, base: Base) -> None:
