@@ -130,6 +130,9 @@ class Streams(_Part):
     )
     process: int = Field(0, ge=0, description="which of `streams.cluster` this process is, from 0")
     metrics_port: int = Field(0, ge=0, description="port for Prometheus, one more per further worker; 0 is off")
+    metrics_adapters: int = Field(
+        100, ge=0, description="adapters with series of their own: the first that each process seals for; 0 is none"
+    )
 
 
 class Trainer(_Part):

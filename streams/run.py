@@ -46,7 +46,7 @@ def run(settings: Settings, addresses: list[str], index: int) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ending.stop.set())
     patience = Patience(ending.stop)
-    metrics = Metrics()
+    metrics = Metrics(settings.streams.metrics_adapters)
     metrics.serve(settings.metrics_host, settings.streams.metrics_port + index if settings.streams.metrics_port else 0)
     wakeups = Wakeups(settings)
     ledger = None

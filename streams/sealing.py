@@ -144,8 +144,7 @@ class Sealer:
         for (state, draft), ask, result in zip(due, asks, results, strict=True):
             if isinstance(result, SegmentRecord):
                 state.settle(draft)
-                self._metrics.segments.labels(draft.trigger).inc()
-                self._metrics.sealed.inc(len(draft.entries))
+                self._metrics.seal(draft.adapter, draft.trigger, len(draft.entries))
                 self._wake(draft.adapter)
             else:
                 refused.setdefault(draft.adapter, (state, result))

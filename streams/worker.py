@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Executor
 
 from riverdelta.core.errors import NotFound, RiverdeltaError
@@ -156,7 +156,7 @@ class Worker:
         for kind, number in self.owner.expire(at).items():
             self._metrics.expired.labels(kind).inc(number)
         self.owner.let_go()
-        states: Iterable[tuple[int, int]] = [(len(state.open), len(state.joins)) for state in self.owner.states()]
-        self._metrics.open.set(sum(held for held, _ in states))
-        self._metrics.waiting.set(sum(held for _, held in states))
-        self._metrics.adapters.set(len(list(states)))
+        states = list(self.owner.states())
+        self._metrics.hold((state.name, len(state.open)) for state in states)
+        self._metrics.waiting.set(sum(len(state.joins) for state in states))
+        self._metrics.adapters.set(len(states))
