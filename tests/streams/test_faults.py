@@ -22,8 +22,27 @@ RECIPE = Recipe.from_dict({"seal": {"count": 4, "age": 0.3, "linger": 0.3}})
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MiB."""
+def ledger(settings: Settings) -> Iterator[Ledger]:
+    """Topics, and a ledger with the adapter `ada`. Name it last: the other fixtures say where it lies."""
+    topics.ensure(settings)
+    opened = Ledger.open(settings.ledger_url)
+    opened.create("ada", RECIPE, "test")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def postgres(settings: Settings) -> Iterator[Postgres]:
+    """A server that the ledger lies on."""
+    server = Postgres()
+    settings.registry.ledger = fresh(server.url)
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def small_disk(settings: Settings, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB that the data folder lies on."""
     folder = tmp_path / "small"
     folder.mkdir()
     made = subprocess.run(
@@ -31,6 +50,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     )
     if made.returncode != 0:
         pytest.skip("file systems cannot be mounted here")
+    settings.data = folder / "data"
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
@@ -41,11 +61,7 @@ def fill(path: Path) -> None:
             file.write(bytes(4096))
 
 
-def test_a_full_disk_is_waited_out(settings: Settings, small_disk: Path, tmp_path: Path) -> None:
-    settings.data = small_disk / "data"
-    topics.ensure(settings)
-    ledger = Ledger.open(settings.ledger_url)
-    ledger.create("ada", RECIPE, "test")
+def test_a_full_disk_is_waited_out(settings: Settings, small_disk: Path, ledger: Ledger, tmp_path: Path) -> None:
     lines = [json.dumps({"adapter": "ada", "text": f"t{number} {'x' * 4000}"}).encode() for number in range(40)]
     with flowing(settings, tmp_path) as flow:
         publish(settings, lines[:20])
@@ -58,44 +74,33 @@ def test_a_full_disk_is_waited_out(settings: Settings, small_disk: Path, tmp_pat
         assert flow.stop() == 0
     assert set(texts(settings, ledger, "ada").values()) == {1}
     assert len(texts(settings, ledger, "ada")) == 40
-    ledger.close()
 
 
-def test_a_postgresql_that_goes_away_is_waited_for(settings: Settings, tmp_path: Path) -> None:
-    server = Postgres()
-    try:
-        settings.registry.ledger = fresh(server.url)
-        topics.ensure(settings)
-        ledger = Ledger.open(settings.ledger_url)
-        ledger.create("ada", RECIPE, "test")
-        with flowing(settings, tmp_path) as flow:
-            publish(settings, numbered(0, 20))
-            until(lambda: count(ledger) == 20)
-            server.stop()
-            publish(settings, numbered(20, 40))
-            until(lambda: flow.told("waiting. The ledger"))
-            flow.kill()
-            flow.start()  # and one that starts meanwhile
-            until(lambda: flow.told("opening the ledger: waiting"))
-            server.start()
-            until(lambda: ledger_count(ledger) == 40)
-            publish(settings, numbered(40, 60))
-            server.stop()
-            server.start()
-            until(lambda: ledger_count(ledger) == 60)
-            assert flow.stop() == 0
-        assert texts(settings, ledger, "ada") == {f"t{number}": 1 for number in range(60)}
-        ledger.close()
-    finally:
-        server.remove()
+def test_a_postgresql_that_goes_away_is_waited_for(
+    settings: Settings, postgres: Postgres, ledger: Ledger, tmp_path: Path
+) -> None:
+    with flowing(settings, tmp_path) as flow:
+        publish(settings, numbered(0, 20))
+        until(lambda: count(ledger) == 20)
+        postgres.stop()
+        publish(settings, numbered(20, 40))
+        until(lambda: flow.told("waiting. The ledger"))
+        flow.kill()
+        flow.start()  # and one that starts meanwhile
+        until(lambda: flow.told("opening the ledger: waiting"))
+        postgres.start()
+        until(lambda: ledger_count(ledger) == 40)
+        publish(settings, numbered(40, 60))
+        postgres.stop()
+        postgres.start()
+        until(lambda: ledger_count(ledger) == 60)
+        assert flow.stop() == 0
+    assert texts(settings, ledger, "ada") == {f"t{number}": 1 for number in range(60)}
 
 
 @pytest.mark.soak
-def test_a_locked_sqlite_is_waited_for(settings: Settings, tmp_path: Path) -> None:
+def test_a_locked_sqlite_is_waited_for(settings: Settings, ledger: Ledger, tmp_path: Path) -> None:
     """Somebody holds the write lock for longer than a writer waits for it, as a backup tool may."""
-    topics.ensure(settings)
-    ledger = Ledger.open(settings.ledger_url)
-    ledger.create("ada", RECIPE, "test")
     with flowing(settings, tmp_path) as flow:
         publish(settings, numbered(0, 20))
         until(lambda: count(ledger) == 20)
@@ -105,7 +110,6 @@ def test_a_locked_sqlite_is_waited_for(settings: Settings, tmp_path: Path) -> No
         until(lambda: count(ledger) == 40)
         assert flow.stop() == 0
     assert texts(settings, ledger, "ada") == {f"t{number}": 1 for number in range(40)}
-    ledger.close()
 
 
 def numbered(first: int, end: int) -> list[bytes]:
