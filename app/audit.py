@@ -1,18 +1,25 @@
-"""The audit: what a certificate says stands in the place of the revoked, trained again from the stored entries."""
+"""The audit: what a certificate says stands in the place of the revoked, trained again from the stored entries.
 
+Where a forget horizon has let contents go, it is trained again from the oldest version that is kept and needs nothing
+of them; what lies before that cannot be trained again by anybody.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from riverdelta.core.errors import Refused
+from riverdelta.core.errors import Gone, Refused
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.shards import shard_of
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry.keystore import KeyStore
-from riverdelta.registry.ledger import Ledger, Line
+from riverdelta.registry.ledger import Ledger, Line, SegmentRecord, VersionRecord
+from riverdelta.registry.ledger.decisions import lineage
 
 
 def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict[str, object]]:
-    """Per adapter both digests. What a later forget has superseded is left out: its entries cannot be read any more."""
+    """Per adapter both digests, and `since`, the version that it was trained again from (0: the base). What a later
+    forget has superseded is left out: its entries cannot be read any more."""
     from riverdelta.core.base import resolve
     from riverdelta.trainer.base import Base
     from riverdelta.trainer.fingerprint import fingerprint
@@ -29,23 +36,31 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
         line, head = Line.of(versions, number), ledger.adapter(name)
         if line.root:
             raise Refused(f"{name}@{line.root} was imported: what it learned before is not in the log.", "")
-        segments = [ledger.segment(name, each) for each in sorted(line.segments)]
-        base = base or Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
-        hands = tuple(line.word(segment) for segment in segments)
         recipe = Recipe.from_dict(head.recipe)
-        entries = [ledger.manifest(name, segment.number).entries for segment in segments]
+        segments = [ledger.segment(name, each) for each in sorted(line.segments)]
+        since, segments = _since(versions, number, segments, recipe)
+        base = base or Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
         log = Log(ledger, store, keys, recipe)
-        said = [log.said(segment) for segment in segments]
-        shards = [
-            [shard_of(entry.subjects, index, recipe.shards.count) for index, entry in enumerate(some, segment.first)]
-            for segment, some in zip(segments, entries, strict=True)
-        ]
         made = replay(
-            base, recipe, head.seed, said, hands=hands, shards=shards, numbers=[segment.number for segment in segments]
+            base,
+            recipe,
+            head.seed,
+            [log.said(segment) for segment in segments],
+            hands=tuple(line.word(segment) for segment in segments),
+            shards=[
+                [
+                    shard_of(entry.subjects, index, recipe.shards.count)
+                    for index, entry in enumerate(ledger.manifest(name, segment.number).entries, segment.first)
+                ]
+                for segment in segments
+            ],
+            numbers=[segment.number for segment in segments],
+            start=_start(base, ledger, store, log, recipe, versions, since, segments[0]) if since else None,
         )[-1].digest
         done.append(
             {
                 "version": f"{name}@{number}",
+                "since": since,
                 "certified": each["tip"]["digest"],
                 "replayed": made,
                 "equal": made == each["tip"]["digest"],
@@ -53,3 +68,60 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
             }
         )
     return done
+
+
+def _since(
+    versions: Mapping[int, VersionRecord], tip: int, segments: Sequence[SegmentRecord], recipe: Recipe
+) -> tuple[int, list[SegmentRecord]]:
+    """The oldest version of a line from which all that follows can be trained again, 0 for the base, and what that is;
+    `Gone` where there is none."""
+    ancestors = lineage(versions, tip)[1:]
+    dropped = {segment.number for segment in segments if segment.dropped}
+    for number in [0, *reversed(ancestors)]:
+        if number and (not versions[number].usable or (recipe.shards.count > 1 and versions[number].withheld)):
+            continue
+        done = Line.of(versions, number).segments
+        left = [segment for segment in segments if segment.number not in done]
+        seen = left[0].number - recipe.retain.horizon if recipe.retain.horizon and left else 0
+        if left and not any(each >= seen for each in dropped):
+            return number, left
+    raise Gone(
+        f"{versions[tip].adapter}@{tip} cannot be trained again: the contents of segments "
+        f"{', '.join(map(str, sorted(dropped)))} lie beyond the forget horizon, and no version that is kept needs none "
+        "of them.",
+        "The certificate's signature, paths and journal can be checked without `--replay`.",
+    )
+
+
+def _start(
+    base: Any,
+    ledger: Ledger,
+    store: ObjectStore,
+    log: Any,
+    recipe: Recipe,
+    versions: Mapping[int, VersionRecord],
+    since: int,
+    following: SegmentRecord,
+) -> Any:
+    from riverdelta.trainer.gate import usual_of
+    from riverdelta.trainer.inputs import files_of, learned_by
+    from riverdelta.trainer.parts import split
+    from riverdelta.trainer.replay import Begun, Start
+
+    line = [versions[number] for number in reversed(lineage(versions, since))]
+    weights, state = files_of(store, line[-1])
+    assert state is not None, "only an imported version has none"
+
+    def learned(shard: int | None) -> list[tuple[int, Sequence[bytes | None]]]:
+        held = learned_by(ledger, line, log.since(following), shard)
+        return [(segment.number, log.said(segment, shard)) for segment in held]
+
+    good = [version for version in line if not version.withheld]
+    whole = Begun((weights, state), usual_of(version.metrics for version in good), learned(None))
+    if recipe.shards.count == 1:
+        return Start([whole], whole)
+    parts = [
+        Begun(files, usual_of(version.parts[shard].metrics for version in line), learned(shard))
+        for shard, files in enumerate(split(base, recipe, weights, state))
+    ]
+    return Start(parts, whole)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from riverdelta.core.curation import Curation
-from riverdelta.core.errors import Corrupt, NotFound, Unavailable
+from riverdelta.core.errors import Corrupt, Gone, Unavailable
 from riverdelta.core.events import ContractError, Event, Feedback, Interaction, content_of, decode
 from riverdelta.core.recipe import FeedbackPolicy, Recipe
 from riverdelta.core.settings import Settings
@@ -31,14 +31,14 @@ class Lesson:
 
 
 def check_incarnation(settings: Settings, wanted: Collection[str]) -> None:
-    """`NotFound` unless the events topic is the one that every entry came from."""
+    """`Gone` unless the events topic is the one that every entry came from."""
     from riverdelta.streams.topics import admin
 
     name = settings.topics.events
     with admin(settings) as client:
         topics = [topic for topic in client.describe_topics([name]) if not topic["error_code"]]
     if {_id(each) for each in wanted} != {uuid.UUID(str(topic["topic_id"])) for topic in topics}:
-        raise NotFound(
+        raise Gone(
             f"The topic {name} is no longer the one that the entries came from.",
             "It was deleted, or a memory-only broker has restarted: the raw events are gone.",
         )
@@ -56,7 +56,7 @@ def _id(incarnation: str) -> uuid.UUID:
 
 
 def read_lessons(settings: Settings, adapter: str, wanted: Sequence[Place], recipe: Recipe) -> dict[Place, Lesson]:
-    """The lessons of the entries at these places of the events topic, as the recipe's rules leave them; `NotFound`
+    """The lessons of the entries at these places of the events topic, as the recipe's rules leave them; `Gone`
     when Kafka no longer holds one, `Corrupt` when the rules would not have let it in."""
     events = _events(settings, adapter, {where for place in wanted for where in (place[:2], place[2]) if where})
     return lessons_of(events, adapter, wanted, recipe)
@@ -80,7 +80,7 @@ def lessons_of(
         if event is not None and bool(partner) is bool(place[2]):
             lesson = _lesson(event, partner, recipe.feedback)
         if lesson is None:
-            raise NotFound(
+            raise Gone(
                 f"Kafka no longer holds what {adapter} learned at {place[0]}:{place[1]}.",
                 "Retention has removed it, or a memory-only broker has restarted; the ledger's own check is "
                 f"`riverdelta registry verify {adapter}`.",

@@ -37,6 +37,14 @@ class NotFound(RiverdeltaError):
     code = "not_found"
 
 
+class Gone(NotFound):
+    """What a check needs was there once: Kafka's retention, or a forget horizon, has let it go since."""
+
+    exit_code = 9
+    http_status = 410
+    code = "gone"
+
+
 class Conflict(RiverdeltaError):
     """The ledger has moved on since the caller looked: read again and decide anew."""
 

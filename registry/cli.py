@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from riverdelta.core.errors import BadInput, NotFound, Unsupported
+from riverdelta.core.errors import BadInput, Gone, NotFound, Unsupported
 
 if TYPE_CHECKING:
     from riverdelta.core.settings import Settings
@@ -24,7 +24,8 @@ app = typer.Typer(
 )
 
 # What trains an adapter anew; set by the `riverdelta` command, as this package knows no trainer.
-replayer: "Callable[[Settings, str, list[str]], dict[str, Any]] | None" = None
+Replayer = Callable[["Settings", str, list[str]], dict[str, Any]]
+replayer: Replayer | None = None
 # What trains what a certificate names from the stored entries; set likewise.
 auditor: "Callable[[Settings, Ledger, dict[str, Any]], list[dict[str, object]]] | None" = None
 
@@ -328,9 +329,19 @@ def verify(
     replayed = {}
     if replay and replayer:
         learned = [head.name for head in heads if name or head.release]
-        replayed = {each: replayer(settings, each, without or []) for each in learned}
+        replayed = {each: _replayed(replayer, settings, each, without or []) for each in learned}
     code = print_verified(found, replayed, as_json)
-    raise typer.Exit(max(code, *(not each["equal"] for each in replayed.values()), 0))
+    gone = any("gone" in each for each in replayed.values())
+    differs = any(each["equal"] is False for each in replayed.values())
+    raise typer.Exit(code or int(differs) or (Gone.exit_code if gone else 0))
+
+
+def _replayed(replay: Replayer, settings: "Settings", name: str, without: list[str]) -> dict[str, Any]:
+    """What an adapter's replay came to, or why there can be none: one that cannot keeps no other from it."""
+    try:
+        return replay(settings, name, without)
+    except Gone as error:
+        return {"adapter": name, "equal": None, "gone": str(error)}
 
 
 def _verify_certificate(

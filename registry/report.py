@@ -197,6 +197,9 @@ def print_verified(found: Sequence[Verified], replayed: Mapping[str, Any], as_js
 
 def print_replayed(result: Mapping[str, Any]) -> None:
     """A version's digest beside that of the same trained anew from Kafka's events, for people."""
+    if "gone" in result:
+        _out.print(f"{result['adapter']} cannot be replayed. {result['gone']}")
+        return
     without = ", ".join(result["without"]) or "nobody"
     _out.print(f"live            {result['live']}  {result['adapter']}@{result['version']}")
     _out.print(f"counterfactual  {result['counterfactual']}  without {without}")
@@ -226,7 +229,8 @@ def print_certificate(found: Checked, replayed: Sequence[dict[str, object]], as_
             _out.print(f"  Superseded: {superseded}.")
         for each in replayed:
             result = "equal, bit for bit" if each["equal"] else f"NOT equal: {each['replayed']}"
-            _out.print(f"  {each['version']} trained again: {result}.")
+            since = f" since @{each['since']}, before which contents lie beyond the horizon" if each["since"] else ""
+            _out.print(f"  {each['version']} trained again{since}: {result}.")
             if not each["equal"] and not each["same_environment"]:
                 _out.print("  This environment is not the one that trained it: equality is not promised.")
         for problem in found.problems:

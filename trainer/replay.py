@@ -4,7 +4,7 @@ No store, no ledger, no checkpoint log, no other adapter: what comes out must be
 of the same log on the same environment fingerprint. It is one side of the check that nothing forgotten has influence.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from riverdelta.core.recipe import Recipe
@@ -14,7 +14,7 @@ from .base import Base
 from .drift import Usual, budgeted
 from .gate import BY_HAND, Gate, Judged, judge_whole, usual_of
 from .increment import Candidate, Learner, Untrainable, step
-from .parts import join, seed_of_shard
+from .parts import Files, join, seed_of_shard
 
 Told = Callable[[int, int], None]
 
@@ -31,6 +31,25 @@ class Replayed:
     withheld: str = ""
 
 
+@dataclass(frozen=True)
+class Begun:
+    """How far a chain of increments has come: its last files, what its segments were, and the contents of those,
+    by number, that what follows may still look at."""
+
+    files: Files | None
+    usual: Sequence[Usual] = ()
+    learned: Sequence[tuple[int, Sequence[bytes | None]]] = ()
+
+
+@dataclass(frozen=True)
+class Start:
+    """A version to replay from in place of the base: its chains, one or as many as shards, and with shards all of
+    them together."""
+
+    lives: Sequence[Begun]
+    whole: Begun
+
+
 def replay(
     base: Base,
     recipe: Recipe,
@@ -40,8 +59,10 @@ def replay(
     hands: Sequence[Hand] = (),
     shards: Sequence[Sequence[int]] = (),
     numbers: Sequence[int] = (),
+    start: Start | None = None,
 ) -> list[Replayed]:
-    """Train `segments` in order, each a list of contents in index order with None for tombstones.
+    """Train `segments` in order, each a list of contents in index order with None for tombstones; from `start` on,
+    which is the base where it is not given.
 
     `told` hears (segments done, segments) before each; `hands` are people's decisions about them, none by default;
     `shards` says of every entry to which shard it belongs, where the recipe has several, and `numbers` which segments
@@ -51,9 +72,10 @@ def replay(
     done: list[Replayed] = []
     several = recipe.shards.count > 1
     own = [seed_of_shard(seed, shard) for shard in range(recipe.shards.count)] if several else [seed]
-    lives = [_Life(base, recipe.of_a_shard, one) for one in own]
-    everything, usual = _Past(recipe), list[Usual]()
-    standing: bytes | None = None
+    begun = start or Start([Begun(None) for _ in own], Begun(None))
+    lives = [_Life(base, recipe.of_a_shard, one, life) for one, life in zip(own, begun.lives, strict=True)]
+    everything, usual = _Past(recipe, begun.whole.learned), list(begun.whole.usual)
+    standing = begun.whole.files and begun.whole.files[0]
     last = Replayed("", "", ())
     for number, entries in enumerate(segments):
         if told is not None:
@@ -93,9 +115,9 @@ def replay(
 class _Past:
     """What has been learned, of which an increment sees what lies within the horizon."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, held: Iterable[tuple[int, Sequence[bytes | None]]]) -> None:
         self._horizon = recipe.retain.horizon
-        self._held: list[tuple[int, Sequence[bytes | None]]] = []
+        self._held = list(held)
 
     def add(self, number: int, entries: Sequence[bytes | None]) -> None:
         """A segment has been learned."""
@@ -110,16 +132,12 @@ class _Past:
 class _Life:
     """One chain of increments: an adapter's, or a shard's."""
 
-    def __init__(self, base: Base, recipe: Recipe, seed: int) -> None:
+    def __init__(self, base: Base, recipe: Recipe, seed: int, begun: Begun) -> None:
         self._base, self._recipe, self._seed = base, recipe, seed
         self.made: Candidate | None = None
-        self._earlier = _Past(recipe)
-        self._usual: list[Usual] = []
-
-    @property
-    def files(self) -> tuple[bytes, bytes] | None:
-        """Weights and state, once there are any."""
-        return None if self.made is None else (self.made.weights, self.made.state)
+        self.files = begun.files  # weights and state, once there are any
+        self._earlier = _Past(recipe, begun.learned)
+        self._usual = list(begun.usual)
 
     def learn(self, entries: Sequence[bytes | None], hand: Hand, number: int) -> str:
         """Learn a segment, or say why not."""
@@ -132,7 +150,7 @@ class _Life:
             return judged.rejected
         self._usual += usual_of([judged.metrics])
         self._earlier.add(number, entries)
-        self.made = made
+        self.made, self.files = made, (made.weights, made.state)
         return ""
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from riverdelta.app.main import main
 from riverdelta.core import weights
+from riverdelta.core.errors import Gone
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
@@ -232,6 +233,25 @@ def test_reasons_are_printed_as_they_are_but_for_the_subject(data: Path) -> None
     shown = " ".join(run(data, "log", "acme").stdout.split())
     assert "[/bold] :smile: [red]not markup[/red] for [subject]" in shown
     assert "0 of 2 segments rebuilt" in run(data, "list").stdout
+
+
+def test_verify_says_what_cannot_be_replayed(data: Path) -> None:
+    def replay(settings: Settings, name: str, without: list[str]) -> dict[str, object]:
+        if name == "acme":
+            raise Gone("Kafka no longer holds it.", "Retention has removed it.")
+        raise AssertionError
+
+    with mock.patch("riverdelta.app.main._replay", replay):
+        done = run(data, "verify", "acme", "--replay", "--json")
+        assert done.returncode == Gone.exit_code == 9
+        [found] = json.loads(done.stdout)
+        assert found["problems"] == []
+        assert found["replay"] == {
+            "adapter": "acme",
+            "equal": None,
+            "gone": "Kafka no longer holds it. Retention has removed it.",
+        }
+        assert "acme cannot be replayed. Kafka no longer" in " ".join(run(data, "verify", "--replay").stdout.split())
 
 
 def test_verify_names_what_was_damaged(data: Path) -> None:
