@@ -6,6 +6,7 @@ output topic, or sealed in payloads and ledger. The last line is JSON with media
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -54,6 +55,7 @@ def main() -> None:
     options.add_argument("--events", type=int, default=1_000_000)
     options.add_argument("--adapters", type=int, default=1000)
     options.add_argument("--partitions", type=int, default=4)
+    options.add_argument("--workers", type=int, default=1, help="processes of the full dataflow")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--kafka", default=os.environ.get("KAFKA_BOOTSTRAP_SERVERS", ""))
     given = options.parse_args()
@@ -69,7 +71,7 @@ def main() -> None:
     bare, full, held = [], [], []
     for number in range(given.rounds):
         bare.append(events / run_bare(given.kafka, topic, events, given.partitions)[0])
-        seconds, peak = run_full(given.kafka, topic, events, given.adapters, given.partitions)
+        seconds, peak = run_full(given.kafka, topic, events, given.adapters, given.partitions, given.workers)
         full.append(events / seconds)
         held.append(peak)
         print(f"round {number + 1}: bare {bare[-1]:.0f}/s, full {full[-1]:.0f}/s", flush=True)
@@ -81,10 +83,12 @@ def main() -> None:
         "peak_mb": round(statistics.median(held)),
         "events": events,
         "adapters": given.adapters,
+        "workers": given.workers,
         "rounds": given.rounds,
     }
     name = "streams" if given.adapters == 1000 else f"streams_{given.adapters}_adapters"
-    shape = f"--events {given.events} --adapters {given.adapters} --kafka HOST:9092"
+    name += "" if given.workers == 1 else f"_{given.workers}_workers"
+    shape = f"--events {given.events} --adapters {given.adapters} --workers {given.workers} --kafka HOST:9092"
     write_result(name, f"python -m benchmarks.streams {shape}", figures)
     print(json.dumps(figures))
 
@@ -131,13 +135,15 @@ def run_bare(servers: str, topic: str, events: int, partitions: int) -> tuple[fl
     return took
 
 
-def run_full(servers: str, topic: str, events: int, adapters: int, partitions: int) -> tuple[float, float]:
+def run_full(
+    servers: str, topic: str, events: int, adapters: int, partitions: int, workers: int
+) -> tuple[float, float]:
     with tempfile.TemporaryDirectory(prefix="riverdelta-bench-") as folder:
         settings = Settings(
             data=Path(folder) / "data",
             kafka=Kafka(bootstrap=servers),
             topics=Topics(events=topic, partitions=partitions),
-            streams=Streams(unknown_adapters="refuse"),
+            streams=Streams(unknown_adapters="refuse", workers=workers),
         )
         ledger = Ledger.open(settings.ledger_url)
         recipe = Recipe.from_dict({"seal": {"count": PER_SEGMENT, "age": 3600.0, "linger": 3600.0}})
@@ -168,13 +174,20 @@ def timed(command: list[str], count: Callable[[], int], events: int) -> tuple[fl
                 time.sleep(0.1)
             return time.monotonic() - began, _peak(child.pid)
         finally:
+            child.terminate()  # it ends its workers
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(30)
             child.kill()
             child.wait()
 
 
 def _peak(pid: int) -> float:
-    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1000
+    """Of a process and its workers together."""
+    found = 0.0
+    for each in (pid, *(int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())):
+        lines = Path(f"/proc/{each}/status").read_text().splitlines()
+        found += sum(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM"))
+    return found
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What flows between the steps of the dataflow: items, dead letters, and parcels of them for one bucket."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from msgspec import Struct
+from msgspec import Struct, msgpack
 
 Where = tuple[str, int]  # (topic incarnation, partition)
 Headers = tuple[tuple[str, bytes | None], ...]
@@ -63,6 +63,17 @@ class Parcel(Struct, frozen=True, array_like=True, gc=False):
     reached: Mapping[Where, int]
     items: list[Item]
     dead: list[DeadLetter]
+
+    def __reduce__(self) -> "tuple[Callable[[bytes], Parcel], tuple[bytes]]":
+        """Bytewax pickles what goes to another process: as one piece it takes less than half the time."""
+        return _unpack, (msgpack.encode(self),)
+
+
+_parcels = msgpack.Decoder(Parcel)
+
+
+def _unpack(packed: bytes) -> Parcel:
+    return _parcels.decode(packed)
 
 
 def bucket_of(adapter: str, buckets: int) -> int:
