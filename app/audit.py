@@ -12,7 +12,7 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.shards import shard_of
 from riverdelta.core.store import ObjectStore
-from riverdelta.registry.keystore import KeyStore
+from riverdelta.registry.belonging import key_store
 from riverdelta.registry.ledger import Ledger, Line, SegmentRecord, VersionRecord
 from riverdelta.registry.ledger.decisions import lineage
 
@@ -26,7 +26,7 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
     from riverdelta.trainer.inputs import Log
     from riverdelta.trainer.replay import replay
 
-    store, keys = ObjectStore(settings.store_url), KeyStore.open(settings)
+    store, keys = ObjectStore(settings.store_url), key_store(ledger, settings)
     trainer, done, base = settings.trainer, [], None
     for each in told["predicate"]["adapters"]:
         name, number = each["adapter"], each["tip"]["version"]

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import IO
 
 from riverdelta.core import base
-from riverdelta.core.errors import BadInput, Conflict, Corrupt, Refused, Unavailable
+from riverdelta.core.errors import Conflict, Unavailable
 from riverdelta.core.settings import Settings
 
 from . import broker
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def lock_data_folder(folder: Path) -> IO[str]:
@@ -38,23 +36,18 @@ def lock_data_folder(folder: Path) -> IO[str]:
     return lock
 
 
-def check_base(settings: Settings) -> str:
-    """The digest of the base model, which every part of the data folder was made with; `Refused` for another."""
+def check_ledger(settings: Settings) -> None:
+    """`Refused` when the ledger is of another base model, `Corrupt` when it was made with other keys."""
+    from riverdelta.registry.belonging import check_base, key_store, subject_key
     from riverdelta.registry.ledger import Ledger
 
-    digest = base.digest(base.resolve(settings.base))
     ledger = Ledger.open(settings.ledger_url)
     try:
-        known = ledger.remember("base", digest)
+        subject_key(ledger, settings)
+        key_store(ledger, settings).close()
+        check_base(ledger, base.digest(base.resolve(settings.base)))
     finally:
         ledger.close()
-    if known != digest:
-        raise Refused(
-            f"{settings.data} belongs to the base model with digest {known[:12]}, not to {settings.base} "
-            f"({digest[:12]}).",
-            "Give the base model that it was made with, or another --data.",
-        )
-    return digest
 
 
 def check_store(settings: Settings) -> None:
@@ -66,49 +59,12 @@ def check_store(settings: Settings) -> None:
     store.delete("up.probe")
 
 
-def check_keys(settings: Settings) -> None:
-    """`BadInput` when the secrets would lie inside the data folder, `Corrupt` when they are damaged or missing."""
-    from riverdelta.core.keys import SubjectKey
-    from riverdelta.registry.keystore import KeyStore
-    from riverdelta.registry.ledger import Ledger
-
-    try:
-        SubjectKey.open(settings.keys_dir)
-        keys = KeyStore.open(settings)
-    except OSError as error:
-        raise Unavailable(
-            f"The key folder {settings.keys_dir} cannot be used: {error.strerror}.", "Set `keys` to a folder of yours."
-        ) from error
-    fingerprint = SubjectKey.open(settings.keys_dir).subject("riverdelta:fingerprint")
-    ledger = Ledger.open(settings.ledger_url)
-    try:
-        known = ledger.remember("subject-key", fingerprint)
-        root = ledger.remember("root-key", keys.fingerprint)
-    finally:
-        ledger.close()
-    if known != fingerprint:
-        raise Corrupt(
-            f"The subject key in {settings.keys_dir} is not the one that {settings.data} was made with.",
-            "Restore the key file, or set `keys` to the folder that holds it: without it nobody can be forgotten.",
-        )
-    if root != keys.fingerprint:
-        raise Corrupt(
-            f"The root key in {settings.keys_dir} is not the one that {settings.data} was made with.",
-            "Restore contents.key, or set `keys` to the folder that holds it: without it no content can be read.",
-        )
-
-
 def check_serving_port(settings: Settings) -> None:
     """`Conflict` when the port is taken, `BadInput` when keys are missing for an address beyond loopback."""
-    host, port = settings.serving.host, settings.serving.port
-    if host not in _LOOPBACK and not settings.serving.api_keys:
-        raise BadInput(
-            f"Serving on {host} needs API keys.", "Set serving.api_keys to a file of keys, or serve on 127.0.0.1."
-        )
-    if not broker.is_free(host, port):
-        raise Conflict(
-            f"Port {port} on {host} is taken.", "Stop what listens there, or choose another with --port (0: any)."
-        )
+    from riverdelta.serving.listening import bind, check_address
+
+    check_address(settings.serving)
+    bind(settings.serving.host, settings.serving.port).close()
 
 
 def check_cluster(settings: Settings) -> None:

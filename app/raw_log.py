@@ -2,23 +2,21 @@
 
 import base64
 import contextlib
-import time
 import uuid
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from riverdelta.core.curation import Curation
-from riverdelta.core.errors import Corrupt, Gone, Unavailable
+from riverdelta.core.errors import Corrupt, Gone
 from riverdelta.core.events import ContractError, Event, Feedback, Interaction, content_of, decode
 from riverdelta.core.recipe import FeedbackPolicy, Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry.ledger import Manifest
 from riverdelta.streams.joining import compose, teaches
+from riverdelta.streams.whole_topic import read_all
 
 Where = tuple[int, int]  # partition and offset
 Place = tuple[int, int, Where | None]  # and those of the other event, where an answer and feedback make an entry
-_IDLE_SECONDS = 1.5  # the embedded broker does not know where a log ends
-_PATIENCE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -115,41 +113,14 @@ def _events(settings: Settings, adapter: str, wanted: set[Where]) -> dict[Where,
     """The adapter's events, from each partition's beginning until all that is wanted is there."""
     found: dict[Where, Event] = {}
     missing = set(wanted)
-    with contextlib.closing(_records(settings)) as records:
-        for partition, offset, event in records:
-            if event.adapter == adapter:
-                found[partition, offset] = event
-                missing.discard((partition, offset))
+    with contextlib.closing(read_all(settings, settings.topics.events)) as records:
+        for record in records:
+            place = (record.partition, record.offset)
+            with contextlib.suppress(ContractError):
+                event = decode(record.value, record.headers)
+                if event.adapter == adapter:
+                    found[place] = event
+                    missing.discard(place)
             if not missing:
                 break
     return found
-
-
-def _records(settings: Settings) -> Generator[tuple[int, int, Event], None, None]:
-    from kafka import KafkaConsumer, TopicPartition
-    from kafka.errors import KafkaError
-
-    topic = settings.topics.events
-    try:
-        with contextlib.closing(
-            KafkaConsumer(**settings.kafka.for_kafka_python(), auto_offset_reset="earliest", enable_auto_commit=False)
-        ) as consumer:
-            parts = [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic) or ())]
-            if not parts:
-                return
-            consumer.assign(parts)
-            consumer.seek_to_beginning(*parts)
-            began = last = time.monotonic()
-            while True:
-                batches = consumer.poll(timeout_ms=200)
-                now = time.monotonic()
-                if batches:
-                    last = now
-                elif now - last > _IDLE_SECONDS and (last > began or now - began > _PATIENCE_SECONDS):
-                    return
-                for part, records in batches.items():
-                    for record in records:
-                        with contextlib.suppress(ContractError):
-                            yield part.partition, record.offset, decode(record.value, record.headers)
-    except KafkaError as error:
-        raise Unavailable(f"Cannot read {topic}: {error!r}.", "Is the broker running?") from error

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
 import typer
 
 from riverdelta.core.errors import NotFound
@@ -143,6 +144,19 @@ def _refusal(settings: Settings, event: str) -> str:
     except RiverdeltaError:
         return ""
     for letter in letters:
-        if f"{letter.origin_partition}:{letter.origin_offset}" == event or event.encode() in (letter.value or b""):
+        if event in (f"{letter.origin_partition}:{letter.origin_offset}", _id_of(letter.value)):
             return f"It was refused ({letter.reason}): {letter.message}"
     return ""
+
+
+def _id_of(value: bytes | None) -> str:
+    """The id in a refused event's own bytes, if they say one.
+
+    >>> _id_of(b'{"id": "order-1", "text": 5}'), _id_of(b"not JSON")
+    ('order-1', '')
+    """
+    try:
+        held = msgspec.json.decode(value or b"")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+    return str(held.get("id", "")) if isinstance(held, dict) else ""

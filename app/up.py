@@ -27,8 +27,7 @@ def run(settings: Settings) -> int:
     """Check, start, and supervise until Ctrl-C; the exit code."""
     embedded = uses_embedded(settings)
     with preflight.lock_data_folder(settings.data.absolute()):
-        preflight.check_keys(settings)
-        preflight.check_base(settings)
+        preflight.check_ledger(settings)
         preflight.check_store(settings)
         if settings.serving.port == 0:
             settings.serving.port = broker.free_port()

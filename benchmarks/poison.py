@@ -2,10 +2,10 @@
 
 Tenants of `tenants` learn segment by segment, each on the last accepted version, as in the trainer. Among the good
 segments, with updates and drift, lie poisoned ones: answers shuffled, one word over and over, labels flipped. The gate
-and its recipe are the defaults; only passes and rate suit the small base (`small_base`), whose two million weights let
-hundreds of increments take minutes.
+and the recipe are the defaults; the base is small (`small_base`): its two million weights let hundreds of increments
+take minutes.
 
-    python -m benchmarks.poison [--tenants 10] [--good 31] [--poison 5] [--size 12] [--jobs 2]
+    python -m benchmarks.poison [--tenants 10] [--good 38] [--poison 5] [--size 12] [--jobs 2]
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from benchmarks.small_base import small_base
 from benchmarks.tenants import Asked, Tenant, flipped, repeated, shuffled
 
 POISON = ("shuffled", "repeated", "flipped")
-RECIPE = {
-    "training": {"max_length": 96, "passes": 2, "steps": 1, "micro_batch": 12, "rehearse": 12},
-    "optimiser": {"learning_rate": 0.01},
-}
+RECIPE = {"training": {"max_length": 96}}  # the default otherwise
 TOLERANCES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 
 
@@ -147,7 +144,7 @@ def main() -> None:
     """Run it and print the figures, JSON last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--tenants", type=int, default=10)
-    parser.add_argument("--good", type=int, default=31)
+    parser.add_argument("--good", type=int, default=38)
     parser.add_argument("--poison", type=int, default=5)
     parser.add_argument("--size", type=int, default=12)
     parser.add_argument("--jobs", type=int, default=2)

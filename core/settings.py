@@ -151,9 +151,9 @@ class Serving(_Part):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 is any free one")
     device: str = Field("cpu", description="torch device, such as `cuda` or `cuda:1`")
-    dtype: str = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="`float32`, `bfloat16` or `float16`; `auto` is bfloat16 on a GPU, and on a CPU whatever is "
+        description="of the base model's products; `auto` is bfloat16 on a GPU, and on a CPU whatever is "
         "measured to be fastest with the same answers",
     )
     max_batch: int = Field(32, ge=1, description="requests computed side by side")

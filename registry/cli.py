@@ -314,7 +314,7 @@ def verify(
     """Check the journal's chain, every manifest, payload and key, and every version's weights; or a certificate."""
     from riverdelta.core.store import ObjectStore
 
-    from .keystore import KeyStore
+    from .belonging import key_store
     from .report import print_verified
     from .verify import verify as check
 
@@ -322,7 +322,7 @@ def verify(
         raise typer.Exit(_verify_certificate(Path(name), replay, receipt, key, as_json, config, data))
     with _ledger(config, data) as (settings, ledger):
         heads = [ledger.adapter(name)] if name else ledger.adapters()
-        store, keys = ObjectStore(settings.store_url), KeyStore.open(settings)
+        store, keys = ObjectStore(settings.store_url), key_store(ledger, settings)
         found = [check(ledger, store, keys, head.name) for head in heads]
     if replay and replayer is None:
         raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
@@ -482,11 +482,11 @@ def gc(
     from riverdelta.core.printing import print_json
     from riverdelta.core.store import ObjectStore
 
+    from .belonging import key_store
     from .gc import collect
-    from .keystore import KeyStore
 
     with _ledger(config, data) as (settings, ledger):
-        found = collect(ledger, ObjectStore(settings.store_url), KeyStore.open(settings), grace * 3600, dry)
+        found = collect(ledger, ObjectStore(settings.store_url), key_store(ledger, settings), grace * 3600, dry)
         if as_json:
             print_json({"deleted": found.deleted, "young": found.young, "dropped": found.dropped, "dry_run": dry})
         else:

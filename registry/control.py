@@ -15,11 +15,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from riverdelta.core.errors import BadInput, RiverdeltaError, Unavailable
-from riverdelta.core.keys import SubjectKey
 from riverdelta.core.settings import Settings
 
 from . import operations
-from .keystore import KeptOpen
+from .belonging import KeptOpen, subject_key
 from .ledger import Ledger
 from .wakeups import Wakeups
 
@@ -38,7 +37,7 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
     adapter: str = ""
     all_adapters: bool = False
     reason: Annotated[str, Meta(max_length=1000)] = ""
-    serve_until_rebuilt: Annotated[float, Meta(ge=0, le=365 * 86_400)] = 0.0
+    serve_until_rebuilt: Annotated[float, Meta(ge=0, le=operations.LONGEST_SECONDS)] = 0.0
 
     @classmethod
     def read(cls, value: bytes | None) -> "Message":
@@ -137,7 +136,7 @@ class Control:
             # An id that names the subject would keep it: such a request acts once too, under a hash of its id.
             request = message.id
             if message.subject.lower() in request.lower():
-                request = SubjectKey.open(self._settings.keys_dir).request(request)
+                request = subject_key(self._ledger, self._settings).request(request)
             adapters = None if message.all_adapters else [message.adapter]
             if message.action == "forget":
                 operations.fence(

@@ -15,8 +15,8 @@ from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import set_up_logs
 
 from . import contents
+from .belonging import key_store
 from .control import Control
-from .keystore import KeyStore
 from .ledger import Forget, Lease, Ledger, Stage
 from .mlflow_projection import Projection
 from .operations import KEEPER
@@ -132,7 +132,7 @@ class Keeper:
         orphan_seconds: float = ORPHAN_SECONDS,
     ) -> None:
         self._ledger = ledger
-        self._keys = KeyStore.open(settings)
+        self._keys = key_store(ledger, settings)
         self._settings = settings
         self._store = store
         self._orphan_seconds = orphan_seconds

@@ -9,7 +9,6 @@ import os
 import secrets
 import shlex
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -188,29 +187,6 @@ class KeyStore:
                 f"The key store's {name} is not what was written, or the root key is another one.",
                 "Restore the key folder from a backup.",
             ) from error
-
-
-class KeptOpen:
-    """A key store opened when it is first asked for, and then kept: opening one may cost a call of the KMS."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._opening = threading.Lock()
-        self._store: KeyStore | None = None
-
-    def __call__(self) -> KeyStore:
-        """The key store; `Unavailable` while it cannot be opened: ask again."""
-        with self._opening:
-            if self._store is None:
-                self._store = KeyStore.open(self._settings)
-            return self._store
-
-    def close(self) -> None:
-        """Close it, if it was opened."""
-        with self._opening:
-            if self._store is not None:
-                self._store.close()
-                self._store = None
 
 
 def _known(c: sa.Connection, names: Sequence[str]) -> set[str]:

@@ -17,14 +17,13 @@ from typing import Any
 import msgspec
 
 from riverdelta.core.errors import BadInput, NotFound, Unavailable
-from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import later, now
 
 from . import certificate, contents
-from .keystore import KeptOpen, KeyStore
+from .belonging import KeptOpen, key_store, subject_key
 from .ledger import AdapterRecord, Forget, Hand, Lease, Ledger, Mode, Stage
 from .mlflow_projection import Projection, ask_for_repair
 from .wakeups import Wakeups
@@ -32,6 +31,7 @@ from .wakeups import Wakeups
 log = logging.getLogger(__name__)
 Progress = Callable[[list[Lease]], None]
 KEEPER = "keeper"  # what one process at a time does
+LONGEST_SECONDS = 365 * 86_400.0  # that servers may be left what they have until it is rebuilt
 _POLL_SECONDS = 0.2
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]+")
 
@@ -174,9 +174,10 @@ def forget(
 
 def write_receipt(ledger: Ledger, settings: Settings, subject: str, adapters: Sequence[str] | None, path: Path) -> int:
     """Write what a subject's entries say now to a new file that only its owner may read; how many there are."""
-    keys = KeyStore.open(settings)
+    keys = key_store(ledger, settings)
     try:
-        made = certificate.receipt(ledger, ObjectStore(settings.store_url), keys, _hashed(settings, subject), adapters)
+        hashed = _hashed(ledger, settings, subject)
+        made = certificate.receipt(ledger, ObjectStore(settings.store_url), keys, hashed, adapters)
     finally:
         keys.close()
     try:
@@ -238,16 +239,18 @@ def fence(
 ) -> Forget:
     """The forget's transaction and the deletion of keys: durable, and followed up by the keeper. `asked` says where a
     message that asked for it lies. Who forgets often gives the `keys`, kept open."""
-    hashed = _hashed(settings, subject)
+    hashed = _hashed(ledger, settings, subject)
     request = request or str(uuid.uuid4())
     if _without(request, subject) != request:
         raise BadInput("The request id names the subject, and would outlive it.", "Use one that says nothing of it.")
+    if not 0 <= serve_until_rebuilt <= LONGEST_SECONDS:
+        raise BadInput("To serve until rebuilt has an end within a year.", "Give seconds, 0 to 31536000.")
     until = later(now(), serve_until_rebuilt) if serve_until_rebuilt else ""
     begun = ledger.forget(request, hashed, adapters, _line(actor, 128), _line(_without(reason, subject)), asked, until)
     _tell(settings, wakeups, begun.adapters)
     opened = keys or KeptOpen(settings)
     try:
-        contents.erase(ledger, opened(), begun)
+        contents.erase(ledger, opened(ledger), begun)
     except Unavailable as error:
         log.warning("The keeper deletes the keys: %s", error)
     finally:
@@ -269,7 +272,7 @@ def allow(
 ) -> list[str]:
     """Let a subject be learned again from now on; the adapters concerned (`*`: all). `NotFound` when it was not
     suppressed there; with a `request` id, so that a repeated request is no error, an empty list."""
-    hashed = _hashed(settings, subject)
+    hashed = _hashed(ledger, settings, subject)
     lifted = ledger.allow(hashed, adapters, _line(actor, 128), _line(_without(reason, subject)), request or None)
     if not lifted and not request:
         where = "any adapter" if adapters is None else ", ".join(adapters)
@@ -288,10 +291,10 @@ def _tell(settings: Settings, wakeups: Wakeups | None, adapters: Iterable[str]) 
             wakeups.send(settings.topics.jobs, adapter)
 
 
-def _hashed(settings: Settings, subject: str) -> str:
+def _hashed(ledger: Ledger, settings: Settings, subject: str) -> str:
     if not subject or len(subject) > 256:
         raise BadInput("A subject has 1 to 256 characters.", "Name it as the events do.")
-    return SubjectKey.open(settings.keys_dir).subject(subject)
+    return subject_key(ledger, settings).subject(subject)
 
 
 def _without(text: str, subject: str) -> str:

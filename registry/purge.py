@@ -214,12 +214,9 @@ class Purge:
 
     def _delete_weights(self, forget: Forget) -> None:
         """Delete revoked weights and states, unless a clean version has the very same."""
-        used = self._ledger.digests_in_use()
         for part in _parts(forget):
-            for digest in set(part["digests"]) - used:
-                self._store.delete(weights_key(digest))
-            for digest in set(part["states"]) - used:
-                self._store.delete(state_key(digest))
+            keys = {weights_key(digest) for digest in part["digests"]} | {state_key(d) for d in part["states"]}
+            self._ledger.delete_unnamed(keys, self._store.delete, revoked=True)
 
     def _delete_checkpoints(self, forget: Forget) -> None:
         """Delete the copies that trainers keep of increments under way; one that lives writes its own again."""

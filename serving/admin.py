@@ -50,7 +50,7 @@ class ForgetAct(SubjectAct):
     what learned from the subject until it is rebuilt."""
 
     request_id: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
-    serve_until_rebuilt: Annotated[float, Field(ge=0, le=365 * 86_400)] = 0.0
+    serve_until_rebuilt: Annotated[float, Field(ge=0, le=operations.LONGEST_SECONDS)] = 0.0
 
 
 class RollbackAct(_Act):

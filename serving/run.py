@@ -1,6 +1,5 @@
 """`riverdelta serve`: the process around a server, from its socket to its clean end."""
 
-import ipaddress
 import logging
 import os
 import resource
@@ -14,12 +13,13 @@ from types import FrameType
 
 import uvicorn
 
-from riverdelta.core.errors import BadInput, Conflict, Unavailable
+from riverdelta.core.errors import Unavailable
 from riverdelta.core.settings import Settings
 from riverdelta.core.telemetry import set_up_logs
 
 from .api import create_app
 from .connections import BoundedProtocol
+from .listening import bind, check_address
 from .server import Server
 
 log = logging.getLogger(__name__)
@@ -35,11 +35,7 @@ def run(settings: Settings) -> None:
     set_up_logs()
     sys.setswitchinterval(_SWITCH_SECONDS)
     serving = settings.serving
-    if not serving.api_keys and not is_loopback(serving.host):
-        raise BadInput(
-            f"Serving on {serving.host} needs API keys.",
-            "Set serving.api_keys to a file of keys, or serve on 127.0.0.1.",
-        )
+    check_address(serving)
     with bind(serving.host, serving.port) as sock:
         if serving.threads:
             import torch
@@ -51,33 +47,6 @@ def run(settings: Settings) -> None:
             # Loading a model cannot be interrupted, and aborts Python if it ends meanwhile. Nothing is held yet.
             logging.shutdown()
             os._exit(0)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket of our own, before anything slow; `Conflict` when the port is taken."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        # `localhost` is both; most clients try IPv4.
-        family, kind, _, _, address = min(found, key=lambda option: option[0] != socket.AF_INET)
-        sock = socket.socket(family, kind)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        # Two servers that bind without listening would both succeed: listening settles it.
-        sock.listen(2048)
-    except OSError as error:
-        raise Conflict(
-            f"Cannot listen on {host}:{port}: {error.strerror or error}.",
-            "Stop what listens there, or choose another with serving.port (0: any free one).",
-        ) from error
-    return sock
 
 
 class HttpServer(uvicorn.Server):

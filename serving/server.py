@@ -6,11 +6,9 @@ import time
 from typing import Any
 
 from riverdelta.core import base
-from riverdelta.core.errors import Conflict
-from riverdelta.core.names import BASE
 from riverdelta.core.settings import Serving, Settings
 from riverdelta.core.store import ObjectStore
-from riverdelta.registry.keystore import KeptOpen
+from riverdelta.registry.belonging import KeptOpen, check_base
 from riverdelta.registry.ledger import Ledger
 from riverdelta.registry.wakeups import Wakeups
 
@@ -63,11 +61,7 @@ class Server:
         began = time.monotonic()
         digest = base.digest(folder)
         ledger = self._ledger = Ledger.open(self.settings.ledger_url)
-        if ledger.remember(BASE, digest) != digest:
-            raise Conflict(
-                f"The data folder {self.settings.data} belongs to another base model than {folder}.",
-                "Give the base that its adapters were trained on, or another data folder.",
-            )
+        check_base(ledger, digest)
         engine = Engine.from_pretrained(folder, engine_config(self.settings.serving))
         with self._lock:
             if self._stopping:

@@ -1,20 +1,16 @@
 """Dead letters: what was refused, on `<events>.DLT` with its original bytes, the reason and the origin in headers."""
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from riverdelta.core.errors import Unavailable
 from riverdelta.core.settings import Settings
 from riverdelta.core.telemetry import now
 
-from .access import check_access
 from .items import DeadLetter, Headers
+from .whole_topic import read_all
 
 _PREFIX = "dlt."
-_IDLE_SECONDS = 1.5  # the embedded broker does not know where a log ends
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def headers_of(letter: DeadLetter, topic: str, whole: bool = True) -> list[tuple
 def list_dead_letters(settings: Settings, limit: int | None = None) -> list[HeldLetter]:
     """The dead letters that Kafka holds, oldest first, each origin once; the last `limit` of them."""
     found: dict[tuple[str, int, int], HeldLetter] = {}
-    for record in _records(settings):
+    for record in read_all(settings, settings.topics.dead_letters):
         letter = _read(record)
         found.setdefault((letter.incarnation, letter.origin_partition, letter.origin_offset), letter)
     letters = sorted(found.values(), key=lambda letter: letter.at)
@@ -95,34 +91,3 @@ def _read(record: Any) -> HeldLetter:
         tuple((name, value) for name, value in record.headers if not name.startswith(_PREFIX)),
         ours.get("whole") != "no",
     )
-
-
-def _records(settings: Settings) -> Iterator[Any]:
-    """Everything on the topic, up to where it ended when reading began or until nothing more comes."""
-    from kafka import KafkaConsumer, TopicPartition
-    from kafka.errors import KafkaError
-
-    topic = settings.topics.dead_letters
-    check_access(settings.kafka)
-    try:
-        with contextlib.closing(
-            KafkaConsumer(**settings.kafka.for_kafka_python(), auto_offset_reset="earliest", enable_auto_commit=False)
-        ) as consumer:
-            numbers = consumer.partitions_for_topic(topic)
-            if not numbers:
-                return
-            parts = [TopicPartition(topic, number) for number in sorted(numbers)]
-            consumer.assign(parts)
-            consumer.seek_to_beginning(*parts)
-            ends = consumer.end_offsets(parts)
-            last = time.monotonic()
-            while True:
-                batches = consumer.poll(timeout_ms=200)
-                for records in batches.values():
-                    yield from records
-                if batches:
-                    last = time.monotonic()
-                elif time.monotonic() - last > _IDLE_SECONDS and all(consumer.position(p) >= ends[p] for p in parts):
-                    return
-    except KafkaError as error:
-        raise Unavailable(f"Cannot read {topic}: {error!r}.", "Is the broker running?") from error

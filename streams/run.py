@@ -14,12 +14,11 @@ from bytewax._bytewax import cluster_main
 from bytewax.dataflow import Dataflow
 
 from riverdelta.core.errors import BadInput
-from riverdelta.core.keys import SubjectKey
 from riverdelta.core.patience import Patience, Stopped
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import set_up_logs
-from riverdelta.registry.keystore import KeyStore
+from riverdelta.registry.belonging import key_store, subject_key
 from riverdelta.registry.ledger import Gap, Ledger
 from riverdelta.registry.wakeups import Wakeups
 
@@ -58,7 +57,7 @@ def run(settings: Settings, addresses: list[str], index: int) -> None:
             settings,
             ledger,
             ObjectStore(settings.store_url),
-            patience(lambda: KeyStore.open(settings), "opening the key store"),
+            patience(partial(key_store, ledger, settings), "opening the key store"),
             Delivery(settings, patience),
             patience,
             metrics,
@@ -66,7 +65,7 @@ def run(settings: Settings, addresses: list[str], index: int) -> None:
             ThreadPoolExecutor(1, "seal"),
         )
         stage = Stage(worker, ending, began)
-        intake = Intake(SubjectKey.open(settings.keys_dir), buckets)
+        intake = Intake(patience(partial(subject_key, ledger, settings), "looking at the keys"), buckets)
         floors = partial(_floors, ledger, patience, buckets)
         record = partial(_record, ledger, patience)
         source = Source(lambda number, count: Reader(settings, number, count, floors, record, ending, metrics))

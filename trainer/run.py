@@ -3,14 +3,14 @@
 import logging
 import signal
 import threading
+from functools import partial
 
 from riverdelta.core import base as base_files
-from riverdelta.core.errors import Conflict
 from riverdelta.core.patience import Patience, Stopped
 from riverdelta.core.settings import Settings, new_holder
 from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import set_up_logs
-from riverdelta.registry.keystore import KeyStore
+from riverdelta.registry.belonging import check_base, key_store
 from riverdelta.registry.ledger import Ledger
 from riverdelta.registry.wakeups import Wakeups
 
@@ -50,7 +50,7 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
         worker = Worker(
             ledger,
             ObjectStore(settings.store_url),
-            patience(lambda: KeyStore.open(settings), "Opening the key store"),
+            patience(partial(key_store, ledger, settings), "Opening the key store"),
             base,
             settings.data / "trainer",
             new_holder("trainer"),
@@ -78,10 +78,5 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
 def _open(settings: Settings, base: str) -> Ledger:
     """The ledger, whose adapters must be of this base."""
     ledger = Ledger.open(settings.ledger_url)
-    held = ledger.remember("base", base)
-    if held != base:
-        raise Conflict(
-            f"This ledger's adapters were made for the base {held[:12]}, not {base[:12]}.",
-            "Start with the base model that they were made for, or with another data folder.",
-        )
+    check_base(ledger, base)
     return ledger

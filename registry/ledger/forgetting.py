@@ -320,13 +320,6 @@ class Forgetting(Lending):
                     .values(purged=True, metrics={}, parts=[], withheld="")
                 )
 
-    def digests_in_use(self) -> frozenset[str]:
-        """Weights and state digests that some version still needs."""
-        v = t.versions.c
-        with self.db.read() as c:
-            rows = c.execute(sa.select(v.digest, v.state).where(v.revoked.is_(False), v.purged.is_(False)))
-            return frozenset(digest for row in rows for digest in row if digest)
-
     def named_objects(self) -> frozenset[str]:
         """The object store's keys that a segment or a version not yet purged names, and `keys/KEYRING` for each
         segment's keys in the key store."""

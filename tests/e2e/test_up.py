@@ -62,7 +62,9 @@ def test_a_port_that_is_taken(asleep: River) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"Port {port} on 127.0.0.1 is taken" in _refuses(asleep, "--port", str(port), code=4)
+        assert f"Cannot listen on 127.0.0.1:{port}: Address already in use" in _refuses(
+            asleep, "--port", str(port), code=4
+        )
 
 
 def test_no_model_and_a_missing_one(asleep: River, tmp_path: Path) -> None:

@@ -167,6 +167,23 @@ def test_forget_reports_what_it_revoked(data: Path) -> None:
     assert run(data, "allow", "--subject", "nobody", "--adapter", "acme").returncode == 3
 
 
+def test_with_other_keys_nothing_is_forgotten_by_mistake(data: Path) -> None:
+    """A key folder that was not mounted looks like a new one: with its subject key nobody would be found."""
+    asked = ("forget", "--subject", "ann", "--adapter", "acme", "--serve-until-rebuilt")
+    assert run(data, *asked, "1e12").returncode == 2
+    keys = Settings(data=data).keys_dir
+    run(data, "allow", "--subject", "nobody", "--adapter", "acme")
+    keys.rename(data.with_name("away"))
+    refused = run(data, *asked, "0")
+    assert (refused.returncode, "The subject key in" in refused.stderr) == (7, True)
+    assert as_json(data, "list")["forgets"] == []
+    (keys / "subjects.key").write_bytes((data.with_name("away") / "subjects.key").read_bytes())
+    assert run(data, "gc").returncode == 0  # the root key is remembered when it is first used ...
+    (keys / "contents.key").unlink()
+    refused = run(data, "gc")
+    assert (refused.returncode, "The root key in" in refused.stderr) == (7, True)  # ... and from then on asked for
+
+
 def test_the_progress_of_a_forget_is_in_list_and_log(data: Path) -> None:
     """Stage by stage, and within the rebuild segment by segment."""
 
