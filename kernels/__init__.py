@@ -6,14 +6,12 @@ from riverdelta.kernels.device import use_triton
 from riverdelta.kernels.lora import lora_delta
 from riverdelta.kernels.pool import LoraPool
 from riverdelta.kernels.segments import Segments
-from riverdelta.kernels.training import grouped_lora
 
 __all__ = [
     "LoraPool",
     "PackedLinear",
     "Segments",
     "choose_backend",
-    "grouped_lora",
     "lora_delta",
     "paged_attention_decode",
     "use_triton",

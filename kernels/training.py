@@ -1,64 +1,80 @@
-"""Differentiable LoRA over several adapters in one batch, each computed as if it were alone."""
+"""LoRA over several adapters in one batch for training, forward and backward, each computed as if it were alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+# Bytes to which rows must be aligned for a group's part of a tensor to be worked on in its place.
+_ALIGNED = 256
 
-def grouped_lora(
-    x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float], runs: Sequence[int]
-) -> Tensor:
-    """The LoRA part of a site for a batch whose rows belong to several adapters: ``scale * (x A^T) B^T`` per group.
 
-    `x` [rows, in]; group i is the next `runs[i]` rows, with `a[i]` [rank_i, in] and `b[i]` [out, rank_i]; ranks may
-    differ. Returns [rows, out], to be added to the frozen site's output. Gradients flow to x and to every A and B.
+class Group(NamedTuple):
+    """The next `rows` rows of a batch, and their adapter: A [rank, in], B [out, rank] and the scale."""
 
-    Every product of a group has the group's own shape and freshly allocated operands, so the bits of its outputs and
-    gradients depend neither on the other groups nor on how many there are.
+    a: Tensor
+    b: Tensor
+    scale: float
+    rows: int
+
+
+def grouped_lora(x: Tensor, groups: Sequence[Group], out: Tensor) -> list[Tensor]:
+    """``out += scale * (x A^T) B^T`` per group, for `x` [rows, in] and `out` [rows, out]; ranks may differ.
+
+    Returns each group's ``x A^T``, which `grouped_lora_backward` takes. Every product of a group has the group's own
+    shape and operands at one alignment, so the bits of its outputs and gradients depend neither on the other groups nor
+    on how many there are.
     """
-    if not len(a) == len(b) == len(scales) == len(runs):
-        raise ValueError(f"{len(a)} A, {len(b)} B, {len(scales)} scales, {len(runs)} runs: give one of each per group")
-    if sum(runs) != x.shape[0]:
-        raise ValueError(f"runs sum to {sum(runs)} but x has {x.shape[0]} rows")
-    out: Tensor = _GroupedLora.apply(x, tuple(scales), tuple(runs), *a, *b)  # type: ignore[no-untyped-call]
-    return out
+    if sum(group.rows for group in groups) != x.shape[0]:
+        raise ValueError(f"the groups have {sum(group.rows for group in groups)} rows, but x has {x.shape[0]}")
+    hidden = []
+    for group, xi, to in zip(groups, _pieces(x, groups), _places(out, groups), strict=True):
+        hidden.append(torch.mm(xi, group.a.t()))
+        _add(to, hidden[-1], group.b.t(), group.scale)
+    return hidden
 
 
-class _GroupedLora(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], runs: tuple[int, ...], *weights: Tensor) -> Tensor:
-        groups = len(runs)
-        a, b = weights[:groups], weights[groups:]
-        xs = _pieces(x, runs)
-        hidden = [torch.mm(xi, ai.to(xi.dtype).t()) for xi, ai in zip(xs, a, strict=True)]
-        out = [torch.mm(h, bi.to(h.dtype).t()).mul_(s) for h, bi, s in zip(hidden, b, scales, strict=True)]
-        ctx.save_for_backward(x, *weights, *hidden)
-        ctx.scales, ctx.runs = scales, runs
-        return torch.cat(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        groups = len(ctx.runs)
-        x, *rest = ctx.saved_tensors
-        a, b, hidden = rest[:groups], rest[groups : 2 * groups], rest[2 * groups :]
-        grad_x: list[Tensor] = []
-        grad_a: list[Tensor | None] = []
-        grad_b: list[Tensor | None] = []
-        wants = ctx.needs_input_grad
-        for i, (xi, dy) in enumerate(zip(_pieces(x, ctx.runs), _pieces(grads[0], ctx.runs), strict=True)):
-            dy = dy * ctx.scales[i]  # noqa: PLW2901
-            dh = torch.mm(dy, b[i].to(dy.dtype))
-            grad_a.append(torch.mm(dh.t(), xi).to(a[i].dtype) if wants[3 + i] else None)
-            grad_b.append(torch.mm(dy.t(), hidden[i]).to(b[i].dtype) if wants[3 + groups + i] else None)
-            if wants[0]:
-                grad_x.append(torch.mm(dh, a[i].to(dh.dtype)))
-        return (torch.cat(grad_x) if wants[0] else None, None, None, *grad_a, *grad_b)
+def grouped_lora_backward(
+    x: Tensor,
+    groups: Sequence[Group],
+    hidden: Sequence[Tensor],
+    slope: Tensor,
+    slopes: Sequence[tuple[Tensor, Tensor]],
+    slope_x: Tensor | None,
+) -> None:
+    """Add what `slope` [rows, out], the gradient of `grouped_lora`'s output, means for A and B to each group's pair of
+    `slopes`, and what it means for x to `slope_x` [rows, in], where it is given."""
+    to_x = [None] * len(groups) if slope_x is None else _places(slope_x, groups)
+    pieces = zip(groups, hidden, _pieces(x, groups), _pieces(slope, groups), slopes, to_x, strict=True)
+    for group, h, xi, dy, (slope_a, slope_b), to in pieces:
+        dh = torch.mm(dy, group.b).mul_(group.scale)
+        slope_a.addmm_(dh.t(), xi)
+        slope_b.addmm_(dy.t(), h, alpha=group.scale)
+        if to is not None:
+            _add(to, dh, group.a, 1.0)
 
 
-def _pieces(x: Tensor, runs: tuple[int, ...]) -> list[Tensor]:
-    # Copies, because a BLAS may sum in another order when an operand starts at another alignment.
-    return [piece.clone(memory_format=torch.contiguous_format) for piece in torch.split(x, list(runs))]
+class _Place(NamedTuple):
+    rows: Tensor
+    aligned: bool
+
+
+def _pieces(x: Tensor, groups: Sequence[Group]) -> Iterator[Tensor]:
+    return (place.rows if place.aligned else place.rows.clone() for place in _places(x, groups))
+
+
+def _places(x: Tensor, groups: Sequence[Group]) -> list[_Place]:
+    # A BLAS may sum in another order when an operand starts at another alignment. Whether rows are aligned is a
+    # matter of their width, never of where a group's rows begin.
+    aligned = x.is_contiguous() and x.shape[1] * x.element_size() % _ALIGNED == 0
+    return [_Place(rows, aligned) for rows in torch.split(x, [group.rows for group in groups])]
+
+
+def _add(to: _Place, left: Tensor, right: Tensor, scale: float) -> None:
+    if to.aligned:
+        to.rows.addmm_(left, right, alpha=scale)
+    else:
+        to.rows.add_(torch.mm(left, right).mul_(scale))

@@ -1,4 +1,4 @@
-"""One adapter's LoRA weights as leaves of one flat vector, begun from a seed or from its parent's file."""
+"""One adapter's LoRA weights as views of one flat vector, begun from a seed or from its parent's file."""
 
 import math
 
@@ -26,10 +26,7 @@ class AdapterWeights:
             starts.append(starts[-1] + -(-rows * columns // _ALIGN) * _ALIGN)
         self._spans = list(zip(starts, sizes, strict=False))
         self.flat = torch.zeros(starts[-1], device=device)
-        self.leaves = [
-            self.flat[start : start + rows * columns].view(rows, columns).requires_grad_()
-            for start, (rows, columns) in self._spans
-        ]
+        self.leaves = self.views(self.flat)
 
     @classmethod
     def begin(cls, shape: LoraShape, seed: int, device: torch.device) -> "AdapterWeights":
@@ -54,6 +51,10 @@ class AdapterWeights:
                 b.copy_(tensors[target.b_key])
         return held
 
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """A and B of every target, in turn, as views of a vector like `flat`."""
+        return [flat[start : start + rows * columns].view(rows, columns) for start, (rows, columns) in self._spans]
+
     def pairs(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         """Per module path, A [rank, in], B [out, rank] and the scale."""
         return {
@@ -61,12 +62,12 @@ class AdapterWeights:
             for target, a, b in zip(self.shape.targets, self.leaves[::2], self.leaves[1::2], strict=True)
         }
 
-    def flatten(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        """Gradients of the leaves, in their order, as one vector like `flat`."""
-        out = torch.zeros_like(self.flat)
-        for (start, (rows, columns)), gradient in zip(self._spans, gradients, strict=True):
-            out[start : start + rows * columns].view(rows, columns).copy_(gradient)
-        return out
+    def slopes(self, gradient: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per module path, the places of A's and B's gradients in a vector like `flat`."""
+        leaves = self.views(gradient)
+        return {
+            target.module: (a, b) for target, a, b in zip(self.shape.targets, leaves[::2], leaves[1::2], strict=True)
+        }
 
     def dump(self) -> tuple[bytes, str]:
         """The version's file and its digest."""

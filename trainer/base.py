@@ -2,8 +2,8 @@
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from riverdelta.core import base as base_files
 from riverdelta.core.errors import Unsupported
 from riverdelta.core.recipe import Lora
-from riverdelta.kernels import grouped_lora
+from riverdelta.kernels.training import Group, grouped_lora, grouped_lora_backward
 
 from .layout import Block
+from .norms import row_norm
 from .products import FrozenProduct
 from .shape import LoraShape, resolve
 
@@ -25,10 +26,14 @@ ATTENTION = "riverdelta_rows"
 
 @dataclass(frozen=True)
 class Member:
-    """One adapter's part in a step: A, B and scale per module path, and how many of the step's tokens it has."""
+    """One adapter's part in a step: A, B and scale per module path, and how many of the step's tokens it has.
 
-    weights: dict[str, tuple[Tensor, Tensor, float]]
+    `slopes` are where the gradients of A and B are added to; a step that is to learn has them for every path.
+    """
+
+    weights: Mapping[str, tuple[Tensor, Tensor, float]]
     tokens: int
+    slopes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Site(nn.Module):
@@ -43,19 +48,45 @@ class Site(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         flat = x.reshape(-1, self.in_features)
-        out = self.product(flat)
-        if self._bias is not None:
-            out = out + self._bias
         members = self._step.members
         if members and self.path in members[0].weights:
-            a, b, scales = zip(*(member.weights[self.path] for member in members), strict=True)
-            out = out + grouped_lora(flat, a, b, scales, [member.tokens for member in members])
+            out: Tensor = _Adapted.apply(flat, self._step.learns, self, members)  # type: ignore[no-untyped-call]
+        else:
+            out = self.product(flat)
+            if self._bias is not None:
+                out = out + self._bias
         return out.view(*x.shape[:-1], self.out_features)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """The base's part, [rows, in] -> [rows, out], in memory of its own and without a gradient."""
+        out = self.product.forward(x)
+        return out if self._bias is None else out.add_(self._bias)
+
+
+class _Adapted(torch.autograd.Function):
+    """A site with its adapters. Their gradients go straight to where the members want them: as thousands of leaves of a
+    graph they would cost more than they take to compute."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, learns: Tensor, site: Site, members: Sequence[Member]) -> Tensor:
+        groups = [Group(*member.weights[site.path], member.tokens) for member in members]
+        out = site.frozen(x)
+        ctx.hidden = grouped_lora(x, groups, out)
+        ctx.save_for_backward(x)
+        ctx.site, ctx.groups, ctx.slopes = site, groups, [member.slopes.get(site.path) for member in members]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (x,), slope = ctx.saved_tensors, grads[0].contiguous()
+        slope_x = ctx.site.product.transposed(slope) if ctx.needs_input_grad[0] else None
+        grouped_lora_backward(x, ctx.groups, ctx.hidden, slope, ctx.slopes, slope_x)
+        return slope_x, None, None, None
 
 
 class Apart(nn.Module):
-    """A norm of the base, computed for each adapter's tokens by themselves: how a row is summed may depend on how many
-    rows there are."""
+    """A norm of the base that is no plain RMS norm, computed for each adapter's tokens by themselves: how a row is
+    summed may depend on how many rows there are."""
 
     def __init__(self, norm: nn.Module, step: "Step") -> None:
         super().__init__()
@@ -72,8 +103,10 @@ class Apart(nn.Module):
 class Step:
     """What the wrapped modules read while a step runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.members: Sequence[Member] = ()
+        # Brings the backward pass to every site with adapters, though nothing that flows into the first ones wants it.
+        self.learns = torch.zeros((), device=device, requires_grad=True)
 
 
 class _Given(nn.Module):
@@ -97,7 +130,7 @@ class Base:
         self.config = model.config
         self._model = model.to(device=self.device, dtype=torch.float32).eval().requires_grad_(False)
         self._model.set_attn_implementation(ATTENTION)
-        self._step = Step()
+        self._step = Step(self.device)
         self._shapes: dict[Lora, LoraShape] = {}
         self._wrap()
         self._head = copy.copy(self._model)
@@ -152,7 +185,9 @@ class Base:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own logits [rows, vocabulary] of hidden states [rows, width], scaling and caps included."""
-        return torch.as_tensor(self._head(inputs_embeds=hidden[None], use_cache=False).logits[0])
+        # A view: taking the first of one would write it all once more on the way back.
+        logits = torch.as_tensor(self._head(inputs_embeds=hidden[None], use_cache=False).logits)
+        return logits.view(logits.shape[1:])
 
     def _wrap(self) -> None:
         head, dtype = self._model.get_output_embeddings(), getattr(torch, self.dtype)
@@ -163,7 +198,7 @@ class Base:
                     product = FrozenProduct(child.weight.detach().to(dtype), packed=child is head)
                     setattr(module, name, Site(full, child, product, self._step))
                 elif "Norm" in type(child).__name__:
-                    setattr(module, name, Apart(child, self._step))
+                    setattr(module, name, row_norm(child) or Apart(child, self._step))
 
 
 def _fix_arithmetic(device: str, dtype: str, threads: int) -> None:
@@ -207,9 +242,10 @@ def _attend(
         )
     if blocks is None:
         raise RuntimeError(f"{ATTENTION} attention runs only inside a training step")
+    sizes = [block.rows * block.length for block in blocks]
     parts = []
-    for block in blocks:
-        q, k, v = (_rows(tensor, block) for tensor in (query, key, value))
+    for block, *pieces in zip(blocks, *(torch.split(x[0], sizes, 1) for x in (query, key, value)), strict=True):
+        q, k, v = (_rows(piece, block) for piece in pieces)
         mask = None
         if sliding_window is not None and block.length > sliding_window:
             at = torch.arange(block.length, device=q.device)
@@ -221,10 +257,9 @@ def _attend(
     return torch.cat(parts)[None], None
 
 
-def _rows(tensor: Tensor, block: Block) -> Tensor:
-    """[1, heads, tokens, dim] -> the block's rows, [rows, heads, length, dim], in memory of their own."""
-    part = tensor[0, :, block.first : block.first + block.rows * block.length]
-    rows = part.reshape(part.shape[0], block.rows, block.length, part.shape[2]).transpose(0, 1)
+def _rows(piece: Tensor, block: Block) -> Tensor:
+    """[heads, tokens, dim] of a block -> its rows, [rows, heads, length, dim], in memory of their own."""
+    rows = piece.reshape(piece.shape[0], block.rows, block.length, piece.shape[2]).transpose(0, 1)
     return rows.clone(memory_format=torch.contiguous_format)
 
 

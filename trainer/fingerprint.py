@@ -10,6 +10,7 @@ import torch
 
 from riverdelta.core import template
 from riverdelta.core.digests import digest_of, sha256
+from riverdelta.kernels import native
 
 from .base import Base
 
@@ -24,6 +25,8 @@ def fingerprint(base: Base) -> dict[str, str | int]:
         "device": _device(base.device),
         "threads": base.threads,
         "dtype": base.dtype,
+        # Where a compiler is missing, a library does these products, and sums in another order.
+        "tiles": int(base.device.type == "cpu" and base.dtype == "bfloat16" and native.has_tiles()),
         **{name: _version(name) for name in _PACKAGES},
     }
 

@@ -87,6 +87,7 @@ class Learner:
             slot: row_of(base.tokenizer, earlier[slot], training.max_length)
             for slot in sorted({slot for batch in self.plan for slot in batch.earlier})
         }
+        self._gradient = torch.zeros_like(self.weights.flat)
         self.place = 0
         self.losses: list[float] = []
         self.tokens = 0
@@ -117,17 +118,20 @@ class Learner:
         """How many tokens the next micro-batch takes in a step."""
         return sum(bucket(len(row.tokens)) for row in self.next_rows())
 
-    def learn(self, loss: float, gradients: tuple[Tensor, ...], tokens: int) -> None:
-        """Take the optimiser's step with the gradients of the next micro-batch."""
-        gradient = self.weights.flatten(gradients)
-        if not bool(torch.isfinite(gradient).all()) or not math.isfinite(loss):
+    def member(self, tokens: int) -> Member:
+        """This adapter's part in a step that is to learn: its gradient begins at zero."""
+        self._gradient.zero_()
+        return Member(self.weights.pairs(), tokens, self.weights.slopes(self._gradient))
+
+    def learn(self, loss: float, tokens: int) -> None:
+        """Take the optimiser's step with the gradient of the next micro-batch, which `member` has gathered."""
+        progress = self.place / len(self.plan)
+        if not math.isfinite(loss) or not self.optimiser.step(self.weights.flat, self._gradient, progress):
             self.failure = Untrainable(
                 f"Step {self.place + 1} of {len(self.plan)} has no finite loss and gradient (loss {loss}).",
                 "Lower optimiser.learning_rate in the recipe, or look at the segment's entries.",
             )
             return
-        with torch.no_grad():
-            self.optimiser.step(self.weights.flat, gradient, self.place / len(self.plan))
         self.losses.append(loss)
         self.tokens += tokens
         self.place += 1
@@ -197,9 +201,7 @@ def step(base: Base, learners: Sequence[Learner]) -> None:
     if not groups:
         return
     batch = arrange([rows for _, rows in groups], filler=0)
-    members = [
-        Member(learner.weights.pairs(), tokens) for (learner, _), tokens in zip(groups, batch.tokens_each, strict=True)
-    ]
+    members = [learner.member(tokens) for (learner, _), tokens in zip(groups, batch.tokens_each, strict=True)]
     tokens, positions, keep, targets = (
         torch.tensor(values, device=base.device)
         for values in (batch.tokens, batch.positions, batch.keep, batch.targets)
@@ -213,11 +215,9 @@ def step(base: Base, learners: Sequence[Learner]) -> None:
         hidden = base.hidden(tokens, positions, members, batch.blocks)[keep]
         near = [learner.near for learner, _ in groups]
         losses, slope = _losses(base, hidden.detach(), targets, batch, near, asked)
-        leaves = [leaf for learner, _ in groups for leaf in learner.weights.leaves]
-        gradients = torch.autograd.grad(hidden, leaves, slope)
+        torch.autograd.backward(hidden, slope)
     for (learner, _), loss, size in zip(groups, losses, batch.tokens_each, strict=True):
-        own, gradients = gradients[: len(learner.weights.leaves)], gradients[len(learner.weights.leaves) :]
-        learner.learn(loss, own, size)
+        learner.learn(loss, size)
 
 
 def _losses(
@@ -228,39 +228,35 @@ def _losses(
     `near` weighs each adapter's divergence from the base, whose own hidden states are `asked`, None where no adapter
     wants it. Logits exist for some places at a time.
     """
-    shares = torch.cat([torch.full((n,), 1.0 / n, device=hidden.device) for n in batch.targets_each])
+    shares = torch.cat([torch.full((n, 1), 1.0 / n, device=hidden.device) for n in batch.targets_each])
     counts = zip(batch.targets_each, near, strict=True)
     weights = torch.cat([torch.full((n,), weight, device=hidden.device) for n, weight in counts])
     slopes, each = [], []
-    for rows, (places, wanted, share, weight, plain) in tiles(
-        hidden, targets, shares, weights, hidden if asked is None else asked
-    ):
+    for rows, (places, wanted, weight, plain) in tiles(hidden, targets, weights, hidden if asked is None else asked):
         places.requires_grad_()
         logits = base.logits(places)
-        loss, pull = _cross_entropy(logits.detach().float(), wanted, share)
+        loss, pull = _cross_entropy(logits.detach().float(), wanted)
         if asked is not None:
             further, against = _divergence(logits.detach().float(), base.logits(plain).detach().float())
             # Adapters that do not want it keep their own bits: nothing is added to them, not even zeros.
             wants = weight > 0
             loss = torch.where(wants, loss + weight * further, loss)
-            pull = torch.where(wants[:, None], pull + (weight * share)[:, None] * against, pull)
+            pull = torch.where(wants[:, None], pull + weight[:, None] * against, pull)
         (slope,) = torch.autograd.grad(logits, places, pull.to(logits.dtype))
         slopes.append(slope[:rows])
         each.append(loss[:rows])
     parts = torch.split(torch.cat(each).double().cpu(), list(batch.targets_each))
-    return [float(part.sum()) / len(part) for part in parts], torch.cat(slopes)
+    # A mean's share of each slope comes last: it is a factor of a row.
+    return [float(part.sum()) / len(part) for part in parts], torch.cat(slopes).mul_(shares)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of each row and the slope of `shares` times it at `logits` [rows, vocabulary], in one more buffer."""
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each row and its slope at `logits` [rows, vocabulary]."""
     rows = torch.arange(len(targets), device=targets.device)
-    top = logits.amax(-1, keepdim=True)
-    wanted = logits[rows, targets]
-    pull = (logits - top).exp_()
-    total = pull.sum(-1, keepdim=True)
-    loss = total.log().add_(top).squeeze(-1) - wanted
-    pull.mul_(shares[:, None] / total)
-    pull[rows, targets] -= shares
+    likely = logits.log_softmax(-1)
+    loss = -likely[rows, targets]
+    pull = likely.exp_()
+    pull[rows, targets] -= 1.0
     return loss, pull
 
 

@@ -34,23 +34,34 @@ class AdamW:
         """Pass a micro-batch that has nothing to learn: the position moves, weights and moments do not."""
         self.position += 1
 
-    def step(self, weights: Tensor, gradient: Tensor, progress: float) -> None:
-        """Move `weights` in place, a share `progress` into the increment. Both are vectors of the moments' size."""
+    def step(self, weights: Tensor, gradient: Tensor, progress: float) -> bool:
+        """Move `weights` in place, a share `progress` into the increment; False, and nothing moves, where the gradient
+        is not finite. Both are vectors of the moments' size; the gradient is used up."""
         r = self.recipe
-        if r.clip:
-            norm = float(torch.linalg.vector_norm(gradient))
-            if norm > r.clip:
-                gradient = gradient * (r.clip / norm)
+        norm = torch.linalg.vector_norm(gradient)
+        if not math.isfinite(size := float(norm)):
+            return False
         rate = rate_at(r, self.position, progress)
         self.position += 1
         self.taken += 1
-        self.m.lerp_(gradient, 1.0 - r.beta1)
-        self.v.mul_(r.beta2).addcmul_(gradient, gradient, value=1.0 - r.beta2)
-        if r.weight_decay:
-            weights.mul_(1.0 - rate * r.weight_decay)
-        correction = math.sqrt(1.0 - r.beta2**self.taken)
-        scale = (self.v.sqrt() / correction).add_(r.epsilon)
-        weights.addcdiv_(self.m, scale, value=-rate / (1.0 - r.beta1**self.taken))
+        # One pass over the four vectors, PyTorch's own.
+        torch._fused_adamw_(
+            [weights],
+            [gradient],
+            [self.m],
+            [self.v],
+            [],
+            [torch.full((), float(self.taken), device=weights.device)],
+            lr=rate,
+            beta1=r.beta1,
+            beta2=r.beta2,
+            weight_decay=r.weight_decay,
+            eps=r.epsilon,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=norm / r.clip if r.clip and size > r.clip else None,
+        )
+        return True
 
     def dump(self) -> tuple[bytes, str]:
         """The state file and its SHA-256."""
