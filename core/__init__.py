@@ -1,1 +1,1 @@
-"""The nouns that every package shares: names, digests, events, recipes, settings, stores, errors, telemetry."""
+"""The nouns that every package shares: names, digests, events, recipes, settings, stores, errors, times, telemetry."""

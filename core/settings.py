@@ -233,12 +233,10 @@ class Settings(BaseSettings):
     @classmethod
     def read(cls, **given: Any) -> "Settings":
         """The settings, or `BadInput` naming each that does not fit."""
-        config = os.environ.pop("RIVERDELTA_CONFIG", None)  # names the file, is no setting itself
+        config = os.environ.get("RIVERDELTA_CONFIG")
+        if config is not None and not Path(config).is_file():
+            raise BadInput(f"There is no settings file {config}.", "RIVERDELTA_CONFIG names it.")
         try:
-            if config is not None:
-                if not Path(config).is_file():
-                    raise BadInput(f"There is no settings file {config}.", "RIVERDELTA_CONFIG names it.")
-                os.environ["RIVERDELTA_CONFIG"] = config
             settings = cls(**given)
             if not settings.kafka.bootstrap:
                 known = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "") or settings.running().get("bootstrap", "")
@@ -251,9 +249,6 @@ class Settings(BaseSettings):
             raise BadInput(f"The settings do not fit: {problems}.", "docs/settings.md lists every setting.") from error
         except ValueError as error:  # not TOML
             raise BadInput(f"The settings file cannot be read: {error}.", "docs/settings.md shows one.") from error
-        finally:
-            if config is not None:
-                os.environ["RIVERDELTA_CONFIG"] = config
 
     def running(self) -> dict[str, str]:
         """What the last `riverdelta up` on the data folder told its clients: `bootstrap`, `embedded`, `serving`,

@@ -4,24 +4,10 @@ import json
 import logging
 import os
 import sys
-from datetime import UTC, datetime, timedelta
+
+from .times import now
 
 _PLAIN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-
-def now() -> str:
-    """The time now, RFC 3339 in UTC with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def later(at: str, seconds: float) -> str:
-    """A time so many seconds after another, in the same form.
-
-    >>> later("2026-11-24T10:00:00.000Z", 90)
-    '2026-11-24T10:01:30.000Z'
-    """
-    moved = datetime.fromisoformat(at) + timedelta(seconds=seconds)
-    return moved.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class _Format(logging.Formatter):
@@ -51,12 +37,12 @@ class _Format(logging.Formatter):
         return f"{line}\n{exception}" if exception else line
 
 
-def set_up_logs(level: str = "") -> None:
+def set_up_logs() -> None:
     """Log to standard error. RIVERDELTA_LOG_JSON=1 chooses JSON, RIVERDELTA_LOG_LEVEL the level (default info)."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Format(os.environ.get("RIVERDELTA_LOG_JSON", "") == "1"))
     logging.basicConfig(
-        level=(level or os.environ.get("RIVERDELTA_LOG_LEVEL", "info")).upper(),
+        level=os.environ.get("RIVERDELTA_LOG_LEVEL", "info").upper(),
         handlers=[handler],
         force=True,
     )

@@ -1,12 +1,11 @@
 """What a forget's manifest says: digests of what was erased, revoked and put in its place, and what is left."""
 
 from collections import defaultdict
-from datetime import datetime, timedelta
 from typing import Any
 
 from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.settings import Settings
-from riverdelta.core.telemetry import now
+from riverdelta.core.times import later, now
 
 from .ledger import Fact, Forget, Ledger, Line
 
@@ -24,7 +23,7 @@ def kafka_still_holds(
     closed. A control message that asked for the forget holds the subject's plain name.
     """
     topics = settings.topics
-    kept = timedelta(hours=topics.retention_hours)
+    kept = 3600 * topics.retention_hours
     places: dict[tuple[str, int], set[int]] = defaultdict(set)
     last: dict[tuple[str, int], str] = defaultdict(str)
     for incarnation, partition, offset, sealed_at in erased:
@@ -37,7 +36,7 @@ def kafka_still_holds(
             "incarnation": incarnation,
             "partition": partition,
             "offsets": sorted(offsets),
-            "removable_at": _later(last[incarnation, partition], kept),
+            "removable_at": later(last[incarnation, partition], kept),
         }
         for (incarnation, partition), offsets in sorted(places.items())
     ]
@@ -45,17 +44,13 @@ def kafka_still_holds(
         {
             "topic": topics.dead_letters,
             "offsets": None,  # records that were not events are not read again: whose they are is not known
-            "removable_at": _later(forget.at, kept),
+            "removable_at": later(forget.at, kept),
         }
     )
     if asked := forget.body.get("asked"):
         told = {key: value for key, value in asked.items() if key != "offset"}
-        held.append({**told, "offsets": [asked["offset"]], "removable_at": _later(forget.at, kept)})
+        held.append({**told, "offsets": [asked["offset"]], "removable_at": later(forget.at, kept)})
     return held
-
-
-def _later(at: str, by: timedelta) -> str:
-    return (datetime.fromisoformat(at) + by).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def finish(

@@ -15,7 +15,7 @@ from typing import Any
 from riverdelta.core.digests import canonical_json, digest_of
 from riverdelta.core.errors import Conflict, Corrupt, NotFound, Refused
 from riverdelta.core.store import ObjectStore, weights_key
-from riverdelta.core.telemetry import now
+from riverdelta.core.times import now
 
 from .ledger import AdapterRecord, Ledger, Outcome, SegmentRecord, VersionRecord
 from .mlflow_store import MlflowStore

@@ -20,7 +20,7 @@ from riverdelta.core.errors import BadInput, NotFound, Unavailable
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
-from riverdelta.core.telemetry import later, now
+from riverdelta.core.times import later, now
 
 from . import certificate, contents
 from .belonging import KeptOpen, key_store, subject_key

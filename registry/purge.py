@@ -17,7 +17,7 @@ from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.errors import Conflict, NotFound
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore, state_key, weights_key
-from riverdelta.core.telemetry import now
+from riverdelta.core.times import now
 
 from . import contents, gc
 from .certificate import statement

@@ -280,11 +280,6 @@ class Fleet:
         failure = self._failures.get(digest)
         return None if failure is None else failure.message
 
-    @property
-    def loaded(self) -> int:
-        """Versions registered with the engine."""
-        return len(self._loaded)
-
 
 def _seconds(at: str) -> int:
     return int(datetime.fromisoformat(at).timestamp())

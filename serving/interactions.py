@@ -13,7 +13,7 @@ import msgspec
 
 from riverdelta.core.events import ContractError, Interaction, checked
 from riverdelta.core.settings import Settings
-from riverdelta.core.telemetry import now
+from riverdelta.core.times import now
 
 from .generation import Answer
 from .metrics import Metrics

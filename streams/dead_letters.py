@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from riverdelta.core.settings import Settings
-from riverdelta.core.telemetry import now
+from riverdelta.core.times import now
 
 from .items import DeadLetter, Headers
 from .whole_topic import read_all
@@ -17,8 +17,6 @@ _PREFIX = "dlt."
 class HeldLetter:
     """A dead letter as the topic holds it. `whole` is False where the value did not fit and only its start is kept."""
 
-    partition: int
-    offset: int
     reason: str
     message: str
     topic: str
@@ -49,14 +47,13 @@ def headers_of(letter: DeadLetter, topic: str, whole: bool = True) -> list[tuple
     return kept + [(f"{_PREFIX}{name}", str(value).encode()) for name, value in ours.items()]
 
 
-def list_dead_letters(settings: Settings, limit: int | None = None) -> list[HeldLetter]:
-    """The dead letters that Kafka holds, oldest first, each origin once; the last `limit` of them."""
+def list_dead_letters(settings: Settings) -> list[HeldLetter]:
+    """The dead letters that Kafka holds, oldest first, each origin once."""
     found: dict[tuple[str, int, int], HeldLetter] = {}
     for record in read_all(settings, settings.topics.dead_letters):
         letter = _read(record)
         found.setdefault((letter.incarnation, letter.origin_partition, letter.origin_offset), letter)
-    letters = sorted(found.values(), key=lambda letter: letter.at)
-    return letters if limit is None else letters[-limit:] if limit else []
+    return sorted(found.values(), key=lambda letter: letter.at)
 
 
 def replay_dead_letters(settings: Settings, selection: Callable[[HeldLetter], bool]) -> tuple[int, int]:
@@ -77,8 +74,6 @@ def replay_dead_letters(settings: Settings, selection: Callable[[HeldLetter], bo
 def _read(record: Any) -> HeldLetter:
     ours = {name[len(_PREFIX) :]: value.decode() for name, value in record.headers if name.startswith(_PREFIX)}
     return HeldLetter(
-        record.partition,
-        record.offset,
         ours.get("reason", ""),
         ours.get("message", ""),
         ours.get("topic", ""),

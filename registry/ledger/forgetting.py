@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from riverdelta.core.errors import BadInput, Conflict, NotFound
 from riverdelta.core.store import state_key, weights_key
-from riverdelta.core.telemetry import now
+from riverdelta.core.times import now
 
 from . import decisions
 from . import tables as t

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.errors import Conflict, NotFound
-from riverdelta.core.telemetry import now
+from riverdelta.core.times import now
 
 from . import tables as t
 from .database import Database

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from riverdelta.core.errors import NotFound
-from riverdelta.core.telemetry import later, now
+from riverdelta.core.times import later, now
 
 from . import tables as t
 from .journal import Journal

@@ -11,7 +11,7 @@ from riverdelta.core.digests import seed_of
 from riverdelta.core.errors import Conflict, NotFound, Refused
 from riverdelta.core.names import check_adapter
 from riverdelta.core.recipe import Recipe
-from riverdelta.core.telemetry import now
+from riverdelta.core.times import now
 
 from . import decisions
 from . import tables as t

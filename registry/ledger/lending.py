@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from riverdelta.core.telemetry import now
+from riverdelta.core.times import now
 
 from . import tables as t
 from .decisions import Change

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from riverdelta.core.errors import Conflict, NotFound, StaleEpoch
-from riverdelta.core.telemetry import now
+from riverdelta.core.times import now
 
 from . import decisions
 from . import tables as t

@@ -53,7 +53,6 @@ class Engine:
 
     def __init__(self, model: PagedModel, tokenizer: Any, config: EngineConfig) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.model_config = model.config
         self.max_model_len = min(config.max_model_len, model.max_positions)
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._grammars = Grammars(tokenizer, model.vocab_size)

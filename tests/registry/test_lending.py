@@ -6,7 +6,7 @@ import pytest
 
 from riverdelta.core.errors import Refused
 from riverdelta.core.settings import Kafka, Settings
-from riverdelta.core.telemetry import later, now
+from riverdelta.core.times import later, now
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import Forget, Stage
 from tests.registry.stack import Stack, two_versions, wait
