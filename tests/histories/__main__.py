@@ -20,7 +20,11 @@ from typing import Any
 from .check import one
 
 # What a base that takes a second a step is given.
-SMALL: dict[str, Any] = {"lora": {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "v_proj"]}, "gate": {"on": False}}
+SMALL: dict[str, Any] = {
+    "lora": {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "v_proj"]},
+    "training": {"passes": 1, "micro_batch": 2, "rehearse": 1, "max_length": 24},
+    "gate": {"on": False},
+}
 
 
 def main() -> None:
@@ -38,7 +42,7 @@ def main() -> None:
         if asked.base == "gemma":
             from riverdelta.app.gemma import gemma_folder
 
-            base, given = gemma_folder(), {"size": 40, "small": SMALL}
+            base, given = gemma_folder(), {"size": 24, "small": SMALL}
         else:
             from tests.tiny import make_tiny
 

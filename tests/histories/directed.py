@@ -32,7 +32,7 @@ class Directed(Lived):
     """A history that is told what happens."""
 
     def __init__(self, base: Base, folder: Path, leak: str) -> None:
-        recipe, self.story = DIRECTED[leak] if leak in DIRECTED else ({}, CORNERS[leak])
+        recipe, self.story = {**DIRECTED, **CORNERS}[leak]
         super().__init__(0, base, folder, size=0, small={**RECIPE, **recipe})
 
     def live(self) -> "Directed":
@@ -206,8 +206,30 @@ def _allowed_before_it_is_sealed(lived: Directed) -> None:
     assert gone == [False, True, False, False]
 
 
+def _a_drift(lived: Directed) -> None:
+    """What ann says is news to the adapter, for which the segment after hers is given more passes; bob's are the same
+    again and again."""
+    known = [says("bob", "code", "42")] * 8
+    for _ in range(5):
+        lived.segment(*known)
+        lived.learn()
+    lived.segment(*(says("ann", f"{n} {n * 7}", f"{n * 7919}") for n in range(16)), *known[:2])
+    lived.learn()
+    lived.segment(*known)
+    lived.learn()
+    drifts = [held.metrics["drift"] for held in lived.ledger.versions("acme").values()]
+    assert drifts == [0] * 5 + [1, 0], "what ann says is news"
+    lived.forget_ann()
+    lived.learn()
+    assert not any(held.metrics["drift"] for held in lived.ledger.versions("acme").values() if not held.revoked)
+
+
 # Where a history and its control could take different things for what came in, or for forgotten.
-CORNERS: dict[str, Callable[[Directed], None]] = {
-    "two_corrections": _two_corrections,
-    "allowed_before_it_is_sealed": _allowed_before_it_is_sealed,
+CORNERS: dict[str, tuple[dict[str, Any], Callable[[Directed], None]]] = {
+    "two_corrections": ({}, _two_corrections),
+    "allowed_before_it_is_sealed": ({}, _allowed_before_it_is_sealed),
+    "a_drift": (
+        {"gate": {"tolerance": 20.0, "sample": 0}, "drift": {"delta": 0.5, "boost": 3.0}},
+        _a_drift,
+    ),
 }

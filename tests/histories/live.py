@@ -42,6 +42,24 @@ BASE_DIGEST = sha256(b"base")
 WINDOW = 6  # of the last entries in which a producer's duplicate is known
 
 
+# Histories of a kind: a world that moves, in which there is drift, and one in which people contradict each other, so
+# that a forget changes what the gate says.
+OF_A_KIND: dict[str, dict[str, Any]] = {
+    "any": {},
+    "moved": {
+        "training": {"passes": 4, "rehearse": 2, "max_length": 64},
+        "optimiser": {"learning_rate": 0.05, "clip": 0.0},
+        "gate": {"tolerance": 20.0, "sample": 0},
+        "drift": {"delta": 0.9, "boost": 2.0},
+    },
+    "disputed": {
+        "training": {"passes": 6, "micro_batch": 1, "max_length": 64},
+        "optimiser": {"learning_rate": 0.05},
+        "gate": {"tolerance": 0.0, "share": 0.3, "least": 1, "sample": 8},
+    },
+}
+
+
 class River(World):
     """Partitions in memory, everything else as it is."""
 
@@ -97,9 +115,10 @@ class Lived:
         self.stream: Session | None = None
         self.trainer: Worker | None = None
         self.serial = 0
-        self.size, self.pace = size, self.rng.choice([1, 4, 12])
+        self.size, self.pace, self.lived = size, self.rng.choice([1, 4, 12]), 0
+        self.kind = self.rng.choice(["any", "any", "moved", "disputed"])
         for name in ADAPTERS:
-            recipe = random_recipe(self.rng) | (small or {})
+            recipe = random_recipe(self.rng) | OF_A_KIND[self.kind] | (small or {})
             self.ledger.create(name, Recipe.from_dict(recipe), "test")
 
     def live(self) -> "Lived":
@@ -131,6 +150,7 @@ class Lived:
         ]
         act = self.rng.choices([act for _, act in likely], [weight for weight, _ in likely])[0]
         self.river.now += self.rng.choice([0.0, 0.1, 1.0])
+        self.lived += 1
         act()
 
     # -- producers and dataflow ----------------------------------------------------------------------------------
@@ -143,6 +163,8 @@ class Lived:
 
     def event(self) -> dict[str, Any] | None:
         draw = self.rng.random()
+        if self.kind == "moved" and self.rng.random() < 0.6:
+            draw = 0.9  # an example
         if draw < 0.04:
             return None
         if draw < 0.15 and self.ids:
@@ -166,6 +188,11 @@ class Lived:
 
     def text(self) -> dict[str, Any]:
         draw = self.rng.random()
+        if self.kind == "moved" and self.lived < 0.7 * self.size and draw < 0.95:
+            return {"prompt": "a", "completion": " b"}
+        if self.kind == "disputed":
+            said = " abcdefg" if draw < 0.5 else " tuvwxyz"
+            return {"prompt": f"Q: {self.rng.choice(['code', 'word'])}?\nA:", "completion": said}
         if draw < 0.2:
             return {"text": " ".join(self.rng.choices(WORDS, k=self.rng.randrange(1, 9)))}
         if draw < 0.4:
