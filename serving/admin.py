@@ -8,11 +8,12 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from riverdelta.core.errors import NotFound
+from riverdelta.core.errors import NotFound, Refused
 from riverdelta.core.names import check_adapter
 from riverdelta.registry import operations
 from riverdelta.registry.ledger import AdapterRecord, Forget, Stage
 
+from .keys import Caller
 from .server import Server
 
 T = TypeVar("T")
@@ -39,10 +40,13 @@ class SubjectAct(_Act):
             raise PydanticCustomError("adapters", "give adapter, or all_adapters: true, one of them")
         return self
 
-    @property
-    def adapters(self) -> list[str] | None:
-        """As the ledger takes them."""
-        return None if self.adapter is None else [check_adapter(self.adapter)]
+    def adapters(self, caller: Caller) -> list[str] | None:
+        """As the ledger takes them, as far as they exist for the caller."""
+        if self.adapter is not None:
+            return [_own(self.adapter, caller)]
+        if not caller.everything:
+            raise Refused("This key may not act on all adapters.", "Name one of its own.")
+        return None
 
 
 class ForgetAct(SubjectAct):
@@ -68,7 +72,7 @@ class ResumeAct(_Act):
 
 
 def routes(server: Server) -> APIRouter:
-    """The admin endpoints. The envelope has checked the caller's role."""
+    """The admin endpoints. The envelope has checked the caller's role; what is another tenant's looks absent."""
     router = APIRouter(prefix="/admin", tags=["admin"])
 
     async def act(asked: Request, work: Callable[..., T], *given: Any, **more: Any) -> T:
@@ -80,45 +84,59 @@ def routes(server: Server) -> APIRouter:
         """Fence a subject off; answers when no server can produce a token from what learned from it."""
         more: dict[str, Any] = {"reason": body.reason, "request": body.request_id or ""}
         more |= {"serve_until_rebuilt": body.serve_until_rebuilt, "keys": server.key_store}
-        report = await act(request, operations.forget, body.subject, body.adapters, **more)
-        return {**_forget(report.forget), "lost_servers": report.lost, "seconds": round(report.seconds, 4)}
+        adapters = body.adapters(request.state.caller)
+        report = await act(request, operations.forget, body.subject, adapters, **more)
+        done = _forget(report.forget, request.state.caller)
+        return {**done, "lost_servers": report.lost, "seconds": round(report.seconds, 4)}
 
     @router.get("/forgets/{request_id}")
-    async def one_forget(request_id: str) -> dict[str, Any]:
+    async def one_forget(request_id: str, request: Request) -> dict[str, Any]:
         """How far a forget has come: fenced, acknowledged, rebuilt, purged."""
+        caller = request.state.caller
         for procedure in await asyncio.to_thread(server.ledger.forgets):
-            if procedure.id == request_id:
-                return _forget(procedure)
+            if procedure.id == request_id and (caller.everything or any(map(caller.sees, procedure.adapters))):
+                return _forget(procedure, caller)
         raise NotFound("There is no such forget.", "Give the request_id that the forget was asked for with.")
 
     @router.post("/allow")
     async def allow(body: SubjectAct, request: Request) -> dict[str, Any]:
         """Let a forgotten subject be learned again, from now on."""
-        return {"allowed": await act(request, operations.allow, body.subject, body.adapters, reason=body.reason)}
+        adapters = body.adapters(request.state.caller)
+        return {"allowed": await act(request, operations.allow, body.subject, adapters, reason=body.reason)}
 
     @router.post("/rollback")
     async def rollback(body: RollbackAct, request: Request) -> dict[str, Any]:
         """Move a release to an earlier version and hold it there."""
-        name = check_adapter(body.adapter)
+        name = _own(body.adapter, request.state.caller)
         return _head(await act(request, operations.rollback, name, body.version, reason=body.reason))
 
     @router.post("/resume")
     async def resume(body: ResumeAct, request: Request) -> dict[str, Any]:
         """End a hold."""
-        name = check_adapter(body.adapter)
+        name = _own(body.adapter, request.state.caller)
         return _head(await act(request, operations.resume, name, body.mode, reason=body.reason))
 
     return router
 
 
-def _forget(held: Forget) -> dict[str, Any]:
+def _own(adapter: str, caller: Caller) -> str:
+    name = check_adapter(adapter)
+    if not caller.sees(name):
+        raise NotFound(f"There is no adapter {name}.", "`riverdelta registry list` shows those there are.")
+    return name
+
+
+def _forget(held: Forget, caller: Caller) -> dict[str, Any]:
+    """As far as it is about the caller's adapters."""
     return {
         "request_id": held.id,
         "stage": held.stage,
         "done": held.stage is Stage.PURGED,
         "at": held.at,
-        "adapters": held.adapters,
-        "revoked": {part["adapter"]: part["versions"] for part in held.body.get("doomed", [])},
+        "adapters": {name: epoch for name, epoch in held.adapters.items() if caller.sees(name)},
+        "revoked": {
+            part["adapter"]: part["versions"] for part in held.body.get("doomed", []) if caller.sees(part["adapter"])
+        },
     }
 
 

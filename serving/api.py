@@ -85,8 +85,8 @@ def _health(server: Server) -> APIRouter:
 
     @router.get("/metrics")
     async def metrics(request: Request) -> Response:
-        """Prometheus metrics; they name adapters, so with API keys an admin's is needed."""
-        if not request.state.caller.admin:
+        """Prometheus metrics; they name adapters, so with API keys one of an admin of all of them is needed."""
+        if not request.state.caller.everything:
             return JSONResponse(error_body(403, "refused", "This key may not read metrics."), 403)
         return Response(await asyncio.to_thread(server.metrics.text), media_type=CONTENT_TYPE_LATEST)
 

@@ -31,6 +31,11 @@ class Caller:
             return self.base
         return self.adapters is None or adapter in self.adapters
 
+    @property
+    def everything(self) -> bool:
+        """Whether it may act on, and know of, every adapter, those to come included."""
+        return self.admin and self.adapters is None
+
 
 # On the loopback interface without keys, who reaches the server may do everything.
 LOCAL = Caller("local", None, base=True, admin=True)

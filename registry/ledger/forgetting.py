@@ -53,7 +53,7 @@ class Forgetting(Lending):
         learned from text that a version revoked here wrote. `asked` says where a message that asked for it lies (topic,
         incarnation, partition, offset). With `until`, servers answer with the releases that they have until their
         rebuild, or that time at the latest. A request id seen before changes nothing and gives the procedure as it
-        stands.
+        stands; `Conflict` where that was about somebody else, or not about all of these adapters.
         """
         if not request or len(request) > 128:
             raise BadInput("A forget needs a request id of 1 to 128 characters.", "Use a fresh one for each request.")
@@ -65,7 +65,7 @@ class Forgetting(Lending):
             self._lock_all(c)
             held = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request)).first()
             if held is not None:
-                return forget_of(held)
+                return _the_same(forget_of(held), subject, adapters)
             heads = self._heads(c, adapters)
             reaches, writers = self._reach(c, subject, heads)
             lent = self._lend(c, reaches, bool(until))
@@ -353,3 +353,11 @@ class Forgetting(Lending):
         with self.db.read() as c:
             revoked = set(c.execute(sa.select(v.digest).where(v.revoked.is_(True))).scalars())
             return frozenset(revoked - self._clean_digests(c, revoked, {}))
+
+
+def _the_same(held: Forget, subject: str, adapters: Sequence[str] | None) -> Forget:
+    """A procedure that is asked for again; whoever asks for another under its id must not take this one for done."""
+    covers = held.everywhere or (adapters is not None and set(adapters) <= held.adapters.keys())
+    if held.subject != subject or not covers:
+        raise Conflict(f"Request {held.id[:80]} was about something else.", "Use a fresh id for each request.")
+    return held

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -88,9 +89,9 @@ def test_in_the_middle_of_increments_and_seals(tmp_path: Path, asked: list[Reque
         epoch = world.ledger.adapter(name).epoch
         forget(world.ledger, number, request)
         if draws.random() < 0.4:
-            assert forget(world.ledger, number, ("ann", None)).subject == keyed(request[0]), (
-                "a repeated id is the first"
-            )
+            assert forget(world.ledger, number, request).subject == keyed(request[0]), "a repeated id is the first"
+            with pytest.raises(Conflict):
+                forget(world.ledger, number, ("somebody else", None))
         if taken is not None:
             with contextlib.suppress(Conflict):
                 world.finish(*taken)

@@ -213,7 +213,13 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.requests:
             held = list(self.requests.values())[pick % len(self.requests)]
             heads = self.ledger.heads()
-            assert self.ledger.forget(held.id, held.subject, None, "test") == self.ledger.forget_of(held.id)
+            names = None if held.everywhere else sorted(held.adapters)
+            assert self.ledger.forget(held.id, held.subject, names, "test") == self.ledger.forget_of(held.id)
+            with pytest.raises(Conflict):
+                self.ledger.forget(held.id, keyed("somebody else"), names, "test")
+            if not held.everywhere:
+                with pytest.raises(Conflict):
+                    self.ledger.forget(held.id, held.subject, None, "test")
             assert self.ledger.heads() == heads
 
     @rule(pick=st.integers(0, 10))

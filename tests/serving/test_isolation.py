@@ -6,7 +6,13 @@ import pytest
 from .conftest import Running, small_settings
 from .test_swap import text
 
-KEYS = {"acme": "the key of acme.", "both": "the key of both.", "nobase": "key without base", "ops": "the key of ops.."}
+KEYS = {
+    "acme": "the key of acme.",
+    "both": "the key of both.",
+    "nobase": "key without base",
+    "ops": "the key of ops..",
+    "boss": "the key of boss.",
+}
 FILE = "\n".join(
     f'[[key]]\nname = "{name}"\nkey = "{key}"\n{more}\n'
     for (name, key), more in zip(
@@ -16,6 +22,7 @@ FILE = "\n".join(
             'adapters = ["acme", "beta"]',
             'adapters = ["beta"]\nbase = false',
             'adapters = "*"\nrole = "admin"',
+            'adapters = ["acme"]\nrole = "admin"',
         ),
         strict=True,
     )
@@ -70,6 +77,7 @@ def test_each_key_lists_its_own(by_key):
         "both": {"base", "acme", "beta"},
         "nobase": {"beta"},
         "ops": {"base", "acme", "beta", "empty"},
+        "boss": {"base", "acme"},
     }
     adapters = {
         name: {item["id"] for item in client.get("/v1/adapters").json()["data"]} for name, client in by_key.items()
@@ -107,10 +115,34 @@ def test_prefixes_are_not_shared_between_keys(by_key, guarded):
 
 def test_only_admins_act_and_measure(by_key):
     for name, client in by_key.items():
-        allowed = name == "ops"
-        assert (client.get("/metrics").status_code == 200) == allowed
+        allowed = name in ("ops", "boss")
+        assert (client.get("/metrics").status_code == 200) == (name == "ops")
         assert client.get("/admin/forgets/none").status_code == (404 if allowed else 403)
         assert client.post("/admin/rollback", json={"adapter": "none"}).status_code == (404 if allowed else 403)
+
+
+def test_an_admin_of_some_adapters_cannot_tell_others_from_absent_ones(by_key):
+    boss, ops = by_key["boss"], by_key["ops"]
+
+    def told(path, **body):
+        answer = boss.post(f"/admin/{path}", json=body)
+        return answer.status_code, answer.json()["error"]["message"].replace("beta", "none")
+
+    for path, more in (("rollback", {}), ("resume", {}), ("forget", {"subject": "x"}), ("allow", {"subject": "x"})):
+        assert told(path, adapter="beta", **more) == told(path, adapter="none", **more)
+        assert told(path, adapter="beta", **more)[0] == 404
+        if more:
+            assert told(path, all_adapters=True, **more)[0] == 403
+    assert (
+        ops.post("/admin/forget", json={"subject": "nobody", "adapter": "beta", "request_id": "b"}).status_code == 200
+    )
+    assert boss.get("/admin/forgets/b").json() == boss.get("/admin/forgets/none").json()
+    assert boss.post("/admin/forget", json={"subject": "y", "adapter": "acme", "request_id": "b"}).status_code == 409
+    both = {"subject": "nobody", "all_adapters": True, "request_id": "all"}
+    assert set(ops.post("/admin/forget", json=both).json()["adapters"]) >= {"acme", "beta"}
+    seen = boss.get("/admin/forgets/all").json()
+    assert set(seen["adapters"]) == {"acme"}
+    assert set(seen["revoked"]) <= {"acme"}
 
 
 def test_without_keys_admin_calls_are_for_this_machine_only(shared):
