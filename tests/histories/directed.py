@@ -14,7 +14,7 @@ from .live import Lived
 
 RECIPE: dict[str, Any] = {
     "lora": {"rank": 2, "alpha": 8.0, "targets": ["q_proj", "v_proj", "down_proj"]},
-    "training": {"passes": 2, "micro_batch": 1, "rehearse": 0, "max_length": 64},
+    "training": {"passes": 2, "steps": 1, "micro_batch": 1, "rehearse": 0, "max_length": 64},
     "optimiser": {"learning_rate": 0.05},
     "gate": {"on": False},
     "drift": {"delta": 0.002},
@@ -97,11 +97,12 @@ def _contradicted(lived: Directed) -> None:
 
 def _decided_by_ann(lived: Directed) -> None:
     """What ann says in the second segment has it set aside; the third is learned without it."""
-    lived.segment(says("bob", "code", "tuvwxyz"))
+    known = says("bob", "code", "tuvwxyz")
+    lived.segment(known, known)
     lived.learn()
-    lived.segment(says("ann", "code", "abcdefg"), says("bob", "code", "tuvwxyz"))
+    lived.segment(*[says("ann", "code", "abcdefg")] * 4, known)
     lived.learn()
-    lived.segment(says("bob", "code", "tuvwxyz"))
+    lived.segment(known)
     lived.learn()
     assert lived.verdicts() == ["trained", "set_aside", "trained"], "ann's entry speaks against the second"
     lived.forget_ann()
@@ -171,7 +172,7 @@ DIRECTED: dict[str, tuple[dict[str, Any], Callable[[Directed], None]]] = {
     "a_shard": ({"shards": {"count": 2}}, _four_people),
     "dedupe_window": ({}, _sent_again),
     "checkpoints": ({}, _in_the_middle),
-    "decisions_unseen": (SURE, _decided_by_ann),
+    "decisions_unseen": ({"gate": STRICT, "training": {**RECIPE["training"], "passes": 4}}, _decided_by_ann),
 }
 
 
