@@ -1,13 +1,14 @@
 """What training many adapters in one step saves, beside the same steps with transformers + peft one after the other.
 
-    python -m benchmarks.packed_training [--base gemma|tiny|FOLDER] [--device cpu|cuda] [--dtype float32] [--steps 3]
+    python -m benchmarks.packed_training [--base gemma|tiny|FOLDER] [--device cpu|cuda] [--dtype float32] [--steps 2]
     python -m benchmarks.packed_training --shape 8b --device cuda --dtype bfloat16      # wants a GPU
 
 1, 4 and 16 adapters (rank 16, all linear layers), each with its own rows, loss and AdamW: short rows (16 tokens, loss
 on the last two) and long ones (64 tokens, loss on the last 8), 4 rows an adapter. The ways take turns; a step's time
 is the median. `alone` is ours with a pack of one after the other; `loose` is ours packed without what keeps its bits
-equal to alone (norms apart, attention per adapter). The last line is JSON: `speedup_16` is peft's time over ours, short
-rows.
+equal to alone (attention per adapter). `floor` is the base's products, forward and backward, at the rate of a large
+product on this machine. On a CPU the peer computes in float32 whatever ours does, its fastest there. The last line is
+JSON: `speedup_16` is peft's time over ours, short rows.
 """
 
 from __future__ import annotations
@@ -143,11 +144,21 @@ def timed(action: Callable[[], None], device: str) -> float:
     return time.perf_counter() - began
 
 
+def floor(base: Base, tokens: int, targets: int, device: str) -> float:
+    """Seconds of the base's products alone in a step, at the rate of a large one."""
+    dtype = getattr(torch, base.dtype)
+    x, w = (torch.randn(*shape, device=device).to(dtype) for shape in ((1024, 2048), (2048, 2048)))
+    rate = 2 * 1024 * 2048 * 2048 / min(timed(lambda: torch.nn.functional.linear(x, w), device) for _ in range(50))
+    head = base._model.get_output_embeddings()
+    sizes = [(site is head, site.in_features * site.out_features) for site in base.sites()]
+    return sum(4 * size * (targets if is_head else tokens) for is_head, size in sizes) / rate
+
+
 def load(given: argparse.Namespace, scratch: Path) -> tuple[Base, Any]:
     """The base as ours and, a second copy of it, as the peer holds it."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    dtype = getattr(torch, given.dtype)
+    dtype = torch.float32 if given.device == "cpu" else getattr(torch, given.dtype)
     if given.shape == "8b":
         trainer_base._fix_arithmetic(given.device, given.dtype, torch.get_num_threads())
         config = LlamaConfig(
@@ -175,7 +186,7 @@ def main() -> None:
     options.add_argument("--shape", choices=["", "8b"], default="")
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", default="float32")
-    options.add_argument("--steps", type=int, default=3)
+    options.add_argument("--steps", type=int, default=2)
     options.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16])
     given = options.parse_args()
     rows = []
@@ -195,6 +206,9 @@ def main() -> None:
                 held = {f"{way}_s": round(median(each), 4) for way, each in times.items()}
                 row = {"rows": kind, "tokens": length * ROWS, "adapters": adapters, **held}
                 row["speedup"] = round(held["peft_s"] / held["packed_s"], 2)
+                row["floor_s"] = round(
+                    floor(base, row["tokens"] * adapters, learned * ROWS * adapters, given.device), 4
+                )
                 row["bits_cost_pct"] = round(100 * (held["packed_s"] / held["loose_s"] - 1), 1)
                 rows.append(row)
                 print(row, flush=True)
@@ -207,8 +221,8 @@ def main() -> None:
         **{f"speedup_{row['adapters']}" + ("" if row["rows"] == "short" else "_long"): row["speedup"] for row in rows},
         "bits_cost_pct": next(row["bits_cost_pct"] for row in rows if row["adapters"] == last),
     }
-    name = "packed_training" + ("" if given.device == "cpu" else f"_{given.device}")
-    write_result(name, "python -m benchmarks.packed_training", figures)
+    name = f"packed_training_{given.device if given.device != 'cpu' else given.dtype}"
+    write_result(name, f"python -m benchmarks.packed_training --dtype {given.dtype}", figures)
     print(json.dumps(figures))
 
 
