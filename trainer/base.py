@@ -195,7 +195,9 @@ class Base:
             for name, child in list(module.named_children()):
                 if type(child) is nn.Linear:
                     full = f"{path}.{name}" if path else name
-                    product = FrozenProduct(child.weight.detach().to(dtype), packed=child is head)
+                    # In bfloat16 a row feels the others in what does not keep its weights packed.
+                    packed = child is head or dtype == torch.bfloat16
+                    product = FrozenProduct(child.weight.detach().to(dtype), packed)
                     setattr(module, name, Site(full, child, product, self._step))
                 elif "Norm" in type(child).__name__:
                     setattr(module, name, row_norm(child) or Apart(child, self._step))
