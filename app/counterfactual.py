@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from riverdelta.core.errors import NotFound, Refused
+from riverdelta.core.errors import Conflict, NotFound, Refused
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.printing import print_json
 from riverdelta.core.recipe import Recipe
@@ -71,6 +71,10 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
     """What to train, read from the ledger; `version` defaults to the release."""
     head, versions = ledger.adapter(adapter), ledger.versions(adapter)
     number = head.release if version is None else version
+    if not number and any(adapter in forget.adapters and not ledger.is_rebuilt(forget) for forget in ledger.forgets()):
+        raise Conflict(
+            f"{adapter} is being rebuilt after a forget.", "Ask again when `riverdelta registry list` says it is done."
+        )
     if not number:
         raise NotFound(f"{adapter} has learned nothing that is released.", "Publish events first.")
     if number not in versions:
@@ -187,20 +191,17 @@ def main(settings: Settings, adapter: str, without: Collection[str], as_json: bo
 
 
 def run(settings: Settings, adapter: str, without: Collection[str]) -> dict[str, Any]:
-    """Train it, with a bar, and compare: a `Result`'s fields, whom it did without, and whether both are equal."""
+    """Train it, saying how far it is, and compare: a `Result`'s fields, whom it did without, and whether both are
+    equal."""
     from rich.console import Console
-    from rich.progress import Progress as Bars
+
+    from .progress import progress
 
     ledger = open_ledger(settings)
     try:
         wanted = plan(ledger, adapter)
     finally:
         ledger.close()
-    with Bars(console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", total=None)
-
-        def show(what: str, done: int, of: int) -> None:
-            bars.update(task, description=what, completed=done, total=of)
-
+    with progress(Console(stderr=True)) as show:
         result = train(settings, wanted, without, show)
     return {**asdict(result), "without": list(without), "equal": result.equal}

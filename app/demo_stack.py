@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ _COMMAND = [sys.executable, "-m", "riverdelta.app.main"]
 _ANSWER_TOKENS = 12
 _STOP_SECONDS = 10
 _PATIENCE_SECONDS = 900.0
+_STILL_SECONDS = 20.0  # between two lines of what is waited for, where there is no terminal
 _WIDTH = 60
 # A small server is up sooner, and leaves a small machine its memory.
 _SERVING = {"KV_TOKENS": "8192", "MAX_MODEL_LEN": "1024", "MAX_BATCH": "16", "ADAPTER_SLOTS": "8", "MAX_RANK": "16"}
@@ -107,12 +109,14 @@ class Stack:
 
     def run(self, *arguments: str, may_fail: bool = False) -> Any:
         """What a riverdelta command prints with --json."""
-        with self._waiting(f"riverdelta {' '.join(arguments)}"):
+        began, what = time.monotonic(), f"riverdelta {' '.join(arguments)}"
+        with self._waiting(what):
             done = subprocess.run(
                 [*_COMMAND, *arguments, "--json"], env=self._environment, capture_output=True, text=True, check=False
             )
+        self.waits.append(Wait(what, time.monotonic() - began))
         if done.returncode and not (may_fail and done.stdout):
-            raise Story(f"riverdelta {' '.join(arguments)} failed: {done.stderr.strip().splitlines()[-1:]}")
+            raise Story(f"{what} failed: {done.stderr.strip().splitlines()[-1:]}")
         return json.loads(done.stdout)
 
     def ask(self, model: str, prompts: Sequence[str]) -> list[str]:
@@ -155,11 +159,25 @@ class Stack:
 
     @contextlib.contextmanager
     def _waiting(self, what: str) -> Iterator[Callable[[str], None]]:
-        """A moving line while something is waited for, with the last thing that the stack has said."""
+        """A moving line while something is waited for, with the last thing that the stack has said; where there is no
+        terminal, a line now and then."""
+        if not self._console.is_terminal:
+            over = threading.Event()
+            threading.Thread(target=self._still, args=(what, over), daemon=True).start()
+            try:
+                yield lambda said: None
+            finally:
+                over.set()
+            return
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
+        with Progress(*columns, console=self._console, transient=True) as bar:
             task = bar.add_task(Text(what).plain)
             yield lambda said: bar.update(task, description=f"{what} [dim]{said}[/dim]")
+
+    def _still(self, what: str, over: threading.Event) -> None:
+        began = time.monotonic()
+        while not over.wait(_STILL_SECONDS):
+            self._console.print(f"    [dim]still {Text(what).plain}, {time.monotonic() - began:.0f} s[/dim]")
 
     def _answers(self) -> bool:
         told = Settings.model_construct(data=self.data).running()

@@ -68,6 +68,7 @@ def _tell_clients(settings: Settings, embedded: bool) -> None:
         "bootstrap": settings.kafka.bootstrap,
         "embedded": "true" if embedded else "false",
         "serving": settings.serving_url,
+        "process": str(os.getpid()),
         "base": os.path.abspath(settings.base) if os.path.isdir(settings.base) else settings.base,
     }
     draft = settings.data / f".{UP_FILE}.{os.getpid()}"

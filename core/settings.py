@@ -239,7 +239,7 @@ class Settings(BaseSettings):
         try:
             settings = cls(**given)
             if not settings.kafka.bootstrap:
-                known = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "") or settings.running().get("bootstrap", "")
+                known = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "") or settings._told_bootstrap()
                 settings.kafka = settings.kafka.model_copy(update={"bootstrap": known})
             return settings
         except ValidationError as error:
@@ -252,12 +252,20 @@ class Settings(BaseSettings):
 
     def running(self) -> dict[str, str]:
         """What the last `riverdelta up` on the data folder told its clients: `bootstrap`, `embedded`, `serving`,
-        `base`."""
+        `base`, and its own `process`."""
         try:
             held = json.loads((self.data / UP_FILE).read_text())
         except (OSError, ValueError):
             return {}
         return {str(key): str(value) for key, value in held.items()} if isinstance(held, dict) else {}
+
+    def _told_bootstrap(self) -> str:
+        """The cluster of the data folder's last `up`; its own broker only while it lives: somebody else may listen
+        there by now."""
+        told = self.running()
+        if told.get("embedded") == "true" and not _lives(told.get("process", "")):
+            return ""
+        return told.get("bootstrap", "")
 
     @property
     def ledger_url(self) -> str:
@@ -299,3 +307,14 @@ class Settings(BaseSettings):
 def new_holder(kind: str) -> str:
     """A name for one run of a process, never used again: it holds leases under it."""
     return f"{kind}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _lives(process: str) -> bool:
+    """Whether a process of this machine is still there."""
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True

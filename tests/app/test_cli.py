@@ -100,7 +100,7 @@ def test_interrupted_quietly(tmp_path: Path) -> None:
 def test_clients_find_what_up_has_told_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KAFKA_BOOTSTRAP_SERVERS", raising=False)
     monkeypatch.delenv("RIVERDELTA_KAFKA__BOOTSTRAP", raising=False)
-    (tmp_path / UP_FILE).write_text(json.dumps({"bootstrap": "127.0.0.1:7", "embedded": "true"}))
+    (tmp_path / UP_FILE).write_text(json.dumps({"bootstrap": "127.0.0.1:7", "embedded": "false"}))
     assert Settings.read(data=tmp_path).kafka.bootstrap == "127.0.0.1:7"
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "cluster:9092")
     assert Settings.read(data=tmp_path).kafka.bootstrap == "cluster:9092"

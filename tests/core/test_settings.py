@@ -1,5 +1,8 @@
 """Settings: where they come from, which wins, and what is said of what does not fit."""
 
+import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,17 @@ def test_one_kafka_block_becomes_both_clients_options() -> None:
     assert confluent["ssl.endpoint.identification.algorithm"] == "none"
     assert (python["sasl_plain_password"], confluent["sasl.password"]) == ("p", "p")
     assert "'p'" not in repr(kafka)
+
+
+def test_the_broker_of_an_up_that_is_gone_is_nobodys(tmp_path: Path) -> None:
+    """Another stack may listen at its address by now, and would take what is published."""
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    for embedded, process, known in (
+        ("true", os.getpid(), "127.0.0.1:9092"),
+        ("true", gone.pid, ""),
+        ("false", gone.pid, "127.0.0.1:9092"),
+    ):
+        told = {"bootstrap": "127.0.0.1:9092", "embedded": embedded, "process": str(process)}
+        (tmp_path / "up.json").write_text(json.dumps(told))
+        assert Settings.read(data=tmp_path).kafka.bootstrap == known
