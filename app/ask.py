@@ -7,11 +7,21 @@ from typing import Any
 import httpx
 import typer
 
-from riverdelta.core.errors import BadInput, NotFound, Refused, RiverdeltaError, Unavailable
+from riverdelta.core.errors import BadInput, NotFound, Refused, RiverdeltaError, Unavailable, Unsupported
 from riverdelta.core.printing import print_json
 from riverdelta.core.settings import Settings
 
 _SECONDS = 300.0
+# What a status means for the exit code; all others mean that the server cannot answer for now.
+_KINDS: dict[int, type[RiverdeltaError]] = {
+    400: BadInput,
+    401: Refused,
+    403: Refused,
+    404: NotFound,
+    410: Refused,
+    413: BadInput,
+    422: Unsupported,
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,7 @@ class Client:
             message = str(answer.json()["error"]["message"])
         except (ValueError, KeyError, TypeError):
             message = f"The server answered {answer.status_code}."
-        kinds: dict[int, type[RiverdeltaError]] = {400: BadInput, 401: Refused, 403: Refused, 404: NotFound}
-        raise kinds.get(answer.status_code, Unavailable)(message)
+        raise _KINDS.get(answer.status_code, Unavailable)(message)
 
 
 def ask(question: Question, url: str, settings: Settings, api_key: str, as_json: bool) -> None:

@@ -47,8 +47,10 @@ def list_letters(settings: Settings, as_json: bool) -> None:
 
 def replay(settings: Settings, reason: str, as_json: bool) -> None:
     """Publish dead letters again, those with a reason or all of them."""
-    from riverdelta.streams.dead_letters import replay_dead_letters
+    from riverdelta.streams.dead_letters import check_reason, replay_dead_letters
 
+    if reason:
+        check_reason(reason)
     sent, cut = replay_dead_letters(settings, lambda letter: reason in ("", letter.reason))
     if as_json:
         print_json({"published": sent, "cut": cut})

@@ -1,5 +1,6 @@
 """The `riverdelta` command: each subcommand imports what it needs only when it runs."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,21 @@ app = typer.Typer(
 )
 dlt = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Dead letters: records that were not events.")
 app.add_typer(dlt, name="dlt")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -260,6 +276,17 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its exit
         sys.exit(1)
+    except OSError as error:
+        logging.getLogger(__name__).debug("an error of the system", exc_info=True)
+        typer.echo(f"riverdelta: {_plain(error)}", err=True)
+        sys.exit(1)
+
+
+def _plain(error: OSError) -> str:
+    if error.filename is None:
+        return f"The system refused: {error}."
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    return f"{name} cannot be used: {error.strerror}. Mend that, or name another path."
 
 
 if __name__ == "__main__":

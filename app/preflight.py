@@ -6,17 +6,22 @@ from pathlib import Path
 from typing import IO
 
 from riverdelta.core import base
-from riverdelta.core.errors import Conflict, Unavailable
+from riverdelta.core.errors import BadInput, Conflict, Unavailable
 from riverdelta.core.settings import Settings
 
 from . import broker
 
 
 def lock_data_folder(folder: Path) -> IO[str]:
-    """The data folder's lock, held until the file is closed; `Conflict` when another `up` runs on it."""
+    """The data folder's lock, held until the file is closed.
+
+    `Conflict` when another `up` runs on it, `BadInput` when it is no folder.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "up.lock").open("a+")
+    except (FileExistsError, NotADirectoryError) as error:
+        raise BadInput(f"The data folder {folder} is no folder.", "Give another with --data.") from error
     except OSError as error:
         raise Unavailable(
             f"The data folder {folder} cannot be used: {error.strerror}.", "Give another with --data."

@@ -13,16 +13,21 @@ from riverdelta.core.settings import Settings
 
 
 def publish(settings: Settings, file: Path, adapter: str, subject: str, as_json: bool) -> None:
-    """Publish a file, or standard input for `-`, and say what arrived."""
+    """Publish a file, or standard input for `-`, and say what arrived.
+
+    Of a file nothing is sent when one of its lines is no event.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from riverdelta.streams.publish import check_lines
     from riverdelta.streams.publish import publish as send
 
     columns = (TextColumn("publishing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with _open(file) as lines, Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        total = sum(1 for line in lines if line.strip()) if lines.seekable() else None
-        if total is not None:
+        total = None
+        if str(file) != "-" and lines.seekable():
+            total = check_lines(fill(line, adapter, subject) for line in lines)
             lines.seek(0)
         task = bar.add_task("", total=total)
         done = send(

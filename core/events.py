@@ -149,9 +149,13 @@ def _tagged(value: bytes) -> Record:
     try:
         return _plain.decode(value)
     except msgspec.ValidationError:
-        if "type" in _peek.decode(value):
-            raise
-        return _example.decode(value)  # the word "type" was text, not a key
+        peeked = _peek.decode(value)
+        if "type" not in peeked:
+            return _example.decode(value)  # the word "type" was text, not a key
+        if peeked["type"] not in CLOUD_TYPES.values():
+            known = ", ".join(CLOUD_TYPES.values())
+            raise ContractError("type", f"Unknown type {str(peeked['type'])[:80]!r}; known are {known}.") from None
+        raise
 
 
 def checked(record: Record) -> Event:

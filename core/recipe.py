@@ -233,5 +233,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
             return cls.from_dict(tomllib.loads(path.read_text()))
         except FileNotFoundError as error:
             raise NotFound(f"There is no recipe at {path}.", "docs/recipes.md shows one.") from error
+        except OSError as error:
+            raise BadInput(f"{path} cannot be read: {error.strerror}.", "Give the path of a TOML file.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BadInput(f"{path} is not TOML: {error}.", "docs/recipes.md shows a recipe.") from error

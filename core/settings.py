@@ -235,7 +235,7 @@ class Settings(BaseSettings):
         """The settings, or `BadInput` naming each that does not fit."""
         config = os.environ.get("RIVERDELTA_CONFIG")
         if config is not None and not Path(config).is_file():
-            raise BadInput(f"There is no settings file {config}.", "RIVERDELTA_CONFIG names it.")
+            raise BadInput(f"There is no settings file {config}.", "docs/settings.md shows one.")
         try:
             settings = cls(**given)
             if not settings.kafka.bootstrap:

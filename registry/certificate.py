@@ -146,6 +146,15 @@ def receipt(
     return Receipt(entries)
 
 
+def is_receipt(data: bytes) -> bool:
+    """Whether a file is what `forget --receipt` wrote."""
+    try:
+        msgspec.json.decode(data, type=Receipt)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
+
+
 def open_receipt(told: Mapping[str, Any], data: bytes) -> tuple[int, list[str]]:
     """How many erased entries a receipt opens, and what does not fit: an entry that the certificate does not name, or
     names with another content."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from riverdelta.core.errors import BadInput, Gone, NotFound, Unsupported
+from riverdelta.core.errors import BadInput, Corrupt, Gone, NotFound, Unsupported
 
 if TYPE_CHECKING:
     from riverdelta.core.settings import Settings
@@ -318,7 +318,12 @@ def verify(
     from .report import print_verified
     from .verify import verify as check
 
-    if "." in name or "/" in name:
+    of_certificate = "." in name or "/" in name
+    if not of_certificate and (receipt is not None or key is not None):
+        raise BadInput("--receipt and --key are of a certificate.", "Give the certificate's file, with a dot or slash.")
+    if without and (of_certificate or not replay):
+        raise BadInput("--without is of an adapter's --replay.", "Leave it out, or give an adapter and --replay.")
+    if of_certificate:
         raise typer.Exit(_verify_certificate(Path(name), replay, receipt, key, as_json, config, data))
     with _ledger(config, data) as (settings, ledger):
         heads = [ledger.adapter(name)] if name else ledger.adapters()
@@ -333,7 +338,7 @@ def verify(
     code = print_verified(found, replayed, as_json)
     gone = any("gone" in each for each in replayed.values())
     differs = any(each["equal"] is False for each in replayed.values())
-    raise typer.Exit(code or int(differs) or (Gone.exit_code if gone else 0))
+    raise typer.Exit(code or (Corrupt.exit_code if differs else Gone.exit_code if gone else 0))
 
 
 def _replayed(replay: Replayer, settings: "Settings", name: str, without: list[str]) -> dict[str, Any]:
@@ -355,12 +360,15 @@ def _verify_certificate(
 ) -> int:
     from dataclasses import replace
 
-    from .certificate import check, check_stored, open_receipt
+    from .certificate import check, check_stored, is_receipt, open_receipt
     from .report import print_certificate
     from .signing import key_of, opened, public_pem
 
+    signed = _bytes(path)
+    if is_receipt(signed):
+        raise BadInput(f"{path} is a receipt.", f"Give the certificate, and the receipt with it: --receipt {path}.")
     pem = _bytes(key) if key is not None else public_pem(_settings(config, data).keys_dir)
-    told = opened(_bytes(path), key_of(pem))
+    told = opened(signed, key_of(pem))
     found = check(told)
     if receipt is not None:
         count, problems = open_receipt(told, _bytes(receipt))

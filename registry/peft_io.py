@@ -40,7 +40,8 @@ def write_peft_folder(folder: Path, data: bytes, digest: str) -> None:
 def export_version(ledger: Ledger, store: ObjectStore, adapter: str, number: int | None, folder: Path) -> VersionRecord:
     """Write a version (None: the release) as a folder that `peft.PeftModel.from_pretrained` loads.
 
-    `Refused` for a revoked version, `Conflict` where the folder holds another adapter.
+    `Refused` for a revoked version, `Conflict` where the folder holds another adapter, `BadInput` where there can be
+    no folder.
     """
     head = ledger.adapter(adapter)
     number = head.release if number is None else number
@@ -54,9 +55,12 @@ def export_version(ledger: Ledger, store: ObjectStore, adapter: str, number: int
         )
     data = store.get(weights_key(version.digest))
     held = folder / TENSORS
-    if held.exists() and held.read_bytes() != data:
-        raise Conflict(f"{folder} holds another adapter.", "Export into a new folder.")
-    write_peft_folder(folder, data, version.digest)
+    try:
+        if held.exists() and held.read_bytes() != data:
+            raise Conflict(f"{folder} holds another adapter.", "Export into a new folder.")
+        write_peft_folder(folder, data, version.digest)
+    except OSError as error:
+        raise BadInput(f"Cannot write {folder}: {error.strerror}.", "Export into a new folder.") from error
     return version
 
 

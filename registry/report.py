@@ -150,6 +150,8 @@ def print_forget(forget: Forget, report: ForgetReport, as_json: bool) -> None:
         f"Fenced in {report.seconds:.2f} s: no server answers from what saw the subject. "
         f"{entries} entries erased, {revoked} versions revoked, in {len(forget.adapters)} adapters."
     )
+    if not entries:
+        _out.print("No entry names this subject: check the spelling, if it should have any.")
     for holder in report.lost:
         _out.print(f"The server {holder} did not answer; its lease ran out, and it may not answer for adapters.")
     if forget.stage is Stage.PURGED:

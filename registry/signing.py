@@ -81,9 +81,11 @@ def opened(data: bytes, key: SSlibKey) -> dict[str, Any]:
     try:
         envelope.verify([key], 1)
     except VerificationError as error:
-        told = ", ".join(sorted(envelope.signatures)) or "nobody"
+        if key.keyid in envelope.signatures:
+            raise Corrupt("The certificate was changed: its signature does not fit its contents.", _AGAIN) from error
+        told = ", ".join(each[:12] for each in sorted(envelope.signatures)) or "nobody"
         raise Corrupt(
-            f"The certificate was changed, or is not signed by the key {key.keyid[:12]} (but by {told[:64]}).", _AGAIN
+            f"The certificate is not signed by the key {key.keyid[:12]} (but by {told[:64]}).", _AGAIN
         ) from error
     return statement
 

@@ -3,13 +3,17 @@
 kafka-python tries again until its time is up whatever the reason; librdkafka says it.
 """
 
+import socket
 import threading
+import time
 from typing import Any
 
-from riverdelta.core.errors import Refused
+from riverdelta.core.errors import Refused, Unavailable
 from riverdelta.core.settings import Kafka
 
 _SECONDS = 10.0
+_LISTEN_SECONDS = 5.0
+_AGAIN_SECONDS = 0.5
 _WHO = "Correct kafka.username, kafka.password and kafka.sasl_mechanism, or the certificate in kafka.cert_file."
 _FILES = (
     "kafka.ca_file must hold the authority of the brokers' certificate, and kafka.cert_file, kafka.key_file and "
@@ -47,3 +51,26 @@ def check_access(kafka: Kafka) -> None:
         if why.code() == KafkaError._AUTHENTICATION:
             raise Refused(f"{kafka.bootstrap} does not let this client in: {why.str()}.", _WHO)
         raise Refused(f"TLS with {kafka.bootstrap} fails: {why.str()}.", _FILES)
+
+
+def check_listens(kafka: Kafka) -> None:
+    """`Unavailable` when nothing accepts connections at any of the cluster's addresses, for a few seconds."""
+    ends = time.monotonic() + _LISTEN_SECONDS
+    addresses = [address.strip() for address in kafka.bootstrap.split(",")]
+    while not any(_listens(address, max(0.1, ends - time.monotonic())) for address in addresses):
+        if time.monotonic() + _AGAIN_SECONDS > ends:
+            raise Unavailable(
+                f"Nothing listens at {kafka.bootstrap}.", "Start it with riverdelta up, or correct --kafka."
+            )
+        time.sleep(_AGAIN_SECONDS)
+
+
+def _listens(address: str, seconds: float) -> bool:
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return True  # a form that only the Kafka client understands
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), seconds):
+            return True
+    except (OSError, OverflowError):
+        return False

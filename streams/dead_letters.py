@@ -4,12 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from riverdelta.core.errors import BadInput
 from riverdelta.core.settings import Settings
 from riverdelta.core.times import now
 
 from .items import DeadLetter, Headers
 from .whole_topic import read_all
 
+REASONS = (
+    *("empty", "malformed", "too_large", "invalid", "type", "adapter"),
+    *("unknown_adapter", "adapter_cap", "unmatched"),
+)
 _PREFIX = "dlt."
 
 
@@ -54,6 +59,12 @@ def list_dead_letters(settings: Settings) -> list[HeldLetter]:
         letter = _read(record)
         found.setdefault((letter.incarnation, letter.origin_partition, letter.origin_offset), letter)
     return sorted(found.values(), key=lambda letter: letter.at)
+
+
+def check_reason(reason: str) -> None:
+    """`BadInput` for a reason that no dead letter has."""
+    if reason not in REASONS:
+        raise BadInput(f"No dead letter has the reason {reason!r}.", f"Give one of {', '.join(REASONS)}.")
 
 
 def replay_dead_letters(settings: Settings, selection: Callable[[HeldLetter], bool]) -> tuple[int, int]:

@@ -10,10 +10,11 @@ from riverdelta.core.errors import BadInput, Refused, Unavailable
 from riverdelta.core.events import ContractError, decode
 from riverdelta.core.settings import Settings
 
-from .access import check_access
+from .access import check_access, check_listens
 
 _CHECK_EVERY = 1000
 _SECONDS = 30.0
+_NAMED = 3  # bad lines of a file, each with its reason
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Publisher:
         self._topic = settings.topics.events
         self._waiting: list[tuple[str, Any]] = []
         self.last: dict[int, int] = {}
+        check_listens(settings.kafka)
         check_access(settings.kafka)
         try:
             self._producer = KafkaProducer(
@@ -47,7 +49,8 @@ class Publisher:
             )
         except KafkaError as error:
             raise Unavailable(
-                f"No broker answers at {settings.kafka.bootstrap}: {error!r}.", "Is it running?"
+                f"What listens at {settings.kafka.bootstrap} does not answer as a Kafka broker.",
+                "Is --kafka right, and the broker well? Try again then.",
             ) from error
 
     def send(
@@ -97,6 +100,26 @@ class Publisher:
             self._producer.close(timeout=5)
 
 
+def check_lines(lines: Iterable[bytes]) -> int:
+    """How many events JSON lines hold; `BadInput` names the first few lines that are none."""
+    count = 0
+    bad: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if value := line.strip():
+            count += 1
+            try:
+                decode(value)
+            except ContractError as error:
+                bad.append(f"line {number} ({error.reason}): {error.message}" if len(bad) < _NAMED else "")
+    if bad:
+        more = f" And {len(bad) - _NAMED} lines more." if len(bad) > _NAMED else ""
+        raise BadInput(
+            f"Nothing was sent, as {len(bad)} of {count} lines are not events: {' '.join(bad[:_NAMED])}{more}",
+            "docs/events.md shows the contract.",
+        )
+    return count
+
+
 def publish(settings: Settings, lines: Iterable[bytes], *, progress: Callable[[int], None] | None = None) -> Published:
     """Publish JSON lines, keyed by adapter; blank lines are skipped.
 
@@ -115,7 +138,8 @@ def publish(settings: Settings, lines: Iterable[bytes], *, progress: Callable[[i
                 publisher.check()
                 raise BadInput(
                     f"Line {number} is not an event ({error.reason}): {error.message}",
-                    f"{done.events} events before it arrived. docs/events.md shows the contract.",
+                    f"Mend it, and publish from line {number} on: the {done.events} events before it have arrived. "
+                    "docs/events.md shows the contract.",
                 ) from error
             publisher.send(f"Line {number}", event.adapter.encode(), value)
             done.events += 1

@@ -8,7 +8,7 @@ from typing import Any
 from riverdelta.core.errors import Unavailable
 from riverdelta.core.settings import Settings
 
-from .access import check_access
+from .access import check_access, check_listens
 
 _IDLE_SECONDS = 1.5  # the embedded broker does not know where a log ends
 _PATIENCE_SECONDS = 30.0
@@ -20,6 +20,7 @@ def read_all(settings: Settings, topic: str) -> Generator[Any, None, None]:
     from kafka import KafkaConsumer, TopicPartition
     from kafka.errors import KafkaError
 
+    check_listens(settings.kafka)
     check_access(settings.kafka)
     try:
         with contextlib.closing(

@@ -7,10 +7,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from riverdelta.app.ask import Client, Question
+from riverdelta.core.errors import Refused
 from riverdelta.core.settings import UP_FILE, Settings
 
 
@@ -51,16 +54,49 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         (("counterfactual", "acme", "--kafka", "127.0.0.1:1"), 3, "There is no ledger at"),
         (("ask", "acme", "hi", "--url", "http://127.0.0.1:1"), 8, "No server answers at http://127.0.0.1:1"),
         (("up", "--config", "absent.toml"), 2, "There is no settings file"),
+        (("up", "--data", "taken", "--base", "."), 2, "taken is no folder"),
+        (("dlt", "replay", "--reason", "nosuch", "--kafka", "127.0.0.1:1"), 2, "Give one of empty, malformed"),
+        (("registry", "create", "new", "--recipe", "."), 2, ". cannot be read: Is a directory"),
+        (("registry", "list", "--data", "x" * 300), 1, "cannot be used: File name too long"),
         (("train", "--base", "./absent"), 3, "There is no folder"),
         (("serve", "--host", "0.0.0.0"), 2, "needs API keys"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
+    (tmp_path / "taken").touch()
     done = tell(*arguments, cwd=tmp_path, RIVERDELTA_LOG_LEVEL="error")
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stdout == ""
+
+
+def test_a_bad_file_sends_nothing_and_names_its_bad_lines(tmp_path: Path) -> None:
+    bad = ["junk", '{"text": " "}', '{"type": "no", "text": "a"}', "[]"]
+    (tmp_path / "bad.jsonl").write_text("\n".join(['{"text": "a"}', "", *bad]))
+    done = tell("publish", "bad.jsonl", "--adapter", "acme", "--kafka", "127.0.0.1:1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Nothing was sent, as 4 of 5 lines are not events: line 3 (malformed)" in done.stderr
+    assert all(each in done.stderr for each in ("line 4 (invalid)", "line 5 (type)", "And 1 lines more."))
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_version(tmp_path: Path) -> None:
+    said = tell("--version", cwd=tmp_path)
+    assert (said.returncode, said.stdout) == (0, tell("version", cwd=tmp_path).stdout)
+
+
+def test_a_revoked_version_is_refused() -> None:
+    """HTTP's 410 has the exit code of what is refused, in the server's words."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+        asked = pool.submit(Client(f"http://127.0.0.1:{server.getsockname()[1]}").ask, Question("acme@1", "hi"))
+        client, _ = server.accept()
+        with client:
+            client.recv(65536)
+            body = b'{"error": {"message": "acme@1 is revoked."}}'
+            client.sendall(b"HTTP/1.1 410 Gone\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            with pytest.raises(Refused, match="acme@1 is revoked"):
+                asked.result()
 
 
 def test_a_wrong_setting_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from riverdelta.core.digests import canonical_json
 from riverdelta.core.errors import BadInput, Corrupt
 from riverdelta.core.settings import Kafka, Settings
 from riverdelta.registry import operations
@@ -90,6 +91,8 @@ def test_every_changed_byte_of_a_certificate_is_found(issued: Issued, data: st.D
 
 def test_what_another_signed_is_not_the_issuers(issued: Issued, tmp_path: Path) -> None:
     told = opened(issued.data, key_of(issued.pem))
+    with pytest.raises(Corrupt, match="its signature does not fit its contents"):
+        opened(canonical_json({**json.loads(issued.data), "payload": "e30="}) + b"\n", key_of(issued.pem))
     with pytest.raises(Corrupt, match="not signed by the key"):
         opened(sign(tmp_path / "other", told), key_of(issued.pem))
     assert sign(issued.stack.settings.keys_dir, told) == issued.data

@@ -271,6 +271,23 @@ def test_verify_says_what_cannot_be_replayed(data: Path) -> None:
         assert "acme cannot be replayed. Kafka no longer" in " ".join(run(data, "verify", "--replay").stdout.split())
 
 
+def test_a_replay_that_differs_is_corrupt(data: Path) -> None:
+    told = {"adapter": "acme", "live": "a", "counterfactual": "b", "version": 2, "without": ["ann"], "entries": 4}
+    found = {**told, "tombstones": 0, "equal": False, "same_environment": True}
+    with mock.patch("riverdelta.app.main._replay", return_value=found):
+        assert run(data, "verify", "acme", "--replay", "--without", "ann").returncode == 7
+
+
+def test_a_receipt_is_no_certificate(data: Path) -> None:
+    receipt = data.with_name("ann.receipt")
+    hint = "No entry names this subject: check the spelling, if it should have any."
+    asked = ("forget", "--adapter", "acme", "--subject")
+    assert hint not in run(data, *asked, "ann", "--receipt", str(receipt)).stdout
+    done = run(data, "verify", str(receipt))
+    assert (done.returncode, f"--receipt {receipt}" in done.stderr) == (2, True)
+    assert hint in run(data, *asked, "ane").stdout
+
+
 def test_verify_names_what_was_damaged(data: Path) -> None:
     assert run(data, "verify").returncode == 0
     held = data / "store" / "segments" / "acme" / "1.seg"
@@ -347,6 +364,13 @@ def test_repair_shows_the_ledger_in_mlflow(data: Path) -> None:
         (["forget", "--subject", "ann"], 2),
         (["rollback", "acme@9"], 3),
         (["export", "nobody", "/tmp/never"], 3),
+        (["export", "acme", "/proc/x"], 2),
+        (["export", "acme", "/etc/passwd"], 2),
+        (["create", "new", "--recipe", "/etc"], 2),
+        (["verify", "acme", "--key", "/nowhere.pub"], 2),
+        (["verify", "acme", "--receipt", "/nowhere.receipt"], 2),
+        (["verify", "acme", "--without", "ann"], 2),
+        (["verify", "/nowhere.cert", "--replay", "--without", "ann"], 2),
         (["nonsense"], 2),
     ],
 )

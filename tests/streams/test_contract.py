@@ -1,5 +1,6 @@
 """The contract of the events topic: whatever bytes come, an event or a reason; and the generated page."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from riverdelta.core.errors import Unavailable
 from riverdelta.core.events import MAX_EVENT_BYTES, ContractError, content_of, decode
 from riverdelta.core.keys import SubjectKey
-from riverdelta.streams import asyncapi
+from riverdelta.core.settings import Kafka, Settings
+from riverdelta.streams import access, asyncapi
+from riverdelta.streams.dead_letters import REASONS
 from riverdelta.streams.intake import Intake, Read
+from riverdelta.streams.publish import publish
 
 INTAKE = Intake(SubjectKey(bytes(32)), 4)
 words = st.text(max_size=12)
@@ -48,6 +53,9 @@ def test_any_bytes_are_an_event_or_a_dead_letter(value: bytes, headers: list[tup
         (b'{"type":"feedback","adapter":"acme","response":"r","rating":2}', "invalid"),
         (b'{"type":"feedback","adapter":"acme","response":"r","correction":" "}', "invalid"),
         (b'{"type":"interaction","adapter":"acme","response":"r","digest":"d","completion":"c"}', "invalid"),
+        (b'{"type":"other","adapter":"acme","text":"a"}', "type"),
+        (b'{"type":7,"adapter":"acme","text":"a"}', "type"),
+        (b'{"type":{},"adapter":"acme","text":"a"}', "type"),
         (b'{"specversion":"1.0","id":"1","source":"s","type":"other","data":{"adapter":"acme","text":"a"}}', "type"),
     ],
 )
@@ -120,3 +128,16 @@ def test_whatever_is_read_fits_the_page(value: bytes) -> None:
 def test_the_page_is_what_the_types_say() -> None:
     committed = Path(__file__).parents[2] / "docs" / "asyncapi.yaml"
     assert committed.read_text() == asyncapi.page(), "python -m riverdelta.streams.asyncapi docs/asyncapi.yaml"
+
+
+def test_every_reason_of_a_dead_letter_is_in_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "events.md").read_text()
+    table = page.split("| reason | mend it by |", 1)[1].split("\n\n", 1)[0]
+    told = [reason for row in table.splitlines() for reason in re.findall(r"`(\w+)`", row.split("|")[1] if row else "")]
+    assert sorted(told) == sorted(REASONS)
+
+
+def test_where_nothing_listens_a_plain_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "_LISTEN_SECONDS", 0.0)
+    with pytest.raises(Unavailable, match=r"Nothing listens at 127.0.0.1:1\. Start it with riverdelta up"):
+        publish(Settings(kafka=Kafka(bootstrap="127.0.0.1:1")), [])

@@ -132,7 +132,7 @@ def test_events_of_kcat(settings: Settings, ledger: Ledger, tmp_path: Path) -> N
 
 
 def test_a_line_that_is_no_event_is_named(settings: Settings, ledger: Ledger) -> None:
-    with pytest.raises(BadInput, match=r"Line 3 is not an event \(malformed\).*2 events before it arrived"):
+    with pytest.raises(BadInput, match=r"Line 3 is not an event \(malformed\).*from line 3 on: the 2 events before"):
         publish(settings, [line(adapter="ada", text="a"), line(adapter="ada", text="b"), b"junk"])
 
 
