@@ -110,11 +110,11 @@ def check_lines(lines: Iterable[bytes]) -> int:
             try:
                 decode(value)
             except ContractError as error:
-                bad.append(f"line {number} ({error.reason}): {error.message}" if len(bad) < _NAMED else "")
+                bad.append(f"Line {number} ({error.reason}): {error.message}" if len(bad) < _NAMED else "")
     if bad:
-        more = f" And {len(bad) - _NAMED} lines more." if len(bad) > _NAMED else ""
+        more = f" And {len(bad) - _NAMED} more." if len(bad) > _NAMED else ""
         raise BadInput(
-            f"Nothing was sent, as {len(bad)} of {count} lines are not events: {' '.join(bad[:_NAMED])}{more}",
+            f"Nothing was sent. Lines that are no events: {len(bad)} of {count}. {' '.join(bad[:_NAMED])}{more}",
             "docs/events.md shows the contract.",
         )
     return count

@@ -76,8 +76,8 @@ def test_a_bad_file_sends_nothing_and_names_its_bad_lines(tmp_path: Path) -> Non
     (tmp_path / "bad.jsonl").write_text("\n".join(['{"text": "a"}', "", *bad]))
     done = tell("publish", "bad.jsonl", "--adapter", "acme", "--kafka", "127.0.0.1:1", cwd=tmp_path)
     assert done.returncode == 2
-    assert "Nothing was sent, as 4 of 5 lines are not events: line 3 (malformed)" in done.stderr
-    assert all(each in done.stderr for each in ("line 4 (invalid)", "line 5 (type)", "And 1 lines more."))
+    assert "Nothing was sent. Lines that are no events: 4 of 5. Line 3 (malformed)" in done.stderr
+    assert all(each in done.stderr for each in ("Line 4 (invalid)", "Line 5 (type)", "And 1 more."))
     assert len(done.stderr.strip().splitlines()) == 1
 
 
