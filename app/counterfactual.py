@@ -128,7 +128,7 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
     from riverdelta.core.base import resolve
     from riverdelta.trainer.base import Base
     from riverdelta.trainer.fingerprint import fingerprint
-    from riverdelta.trainer.near import without_near_duplicates
+    from riverdelta.trainer.near_duplicates import without_near_duplicates
     from riverdelta.trainer.replay import replay
 
     places = [at for segment in wanted.segments for at in segment]

@@ -15,7 +15,7 @@ from .ledger import Forget, Ledger, Manifest, SegmentRecord
 
 
 @dataclass(frozen=True)
-class Written:
+class Encrypted:
     """A segment's encrypted contents, to be stored under `keys` and put into the manifest and the ledger."""
 
     data: bytes
@@ -25,11 +25,11 @@ class Written:
     root: str
 
 
-def encrypt(name: str, manifest: Manifest, contents: Sequence[bytes | None]) -> Written:
+def encrypt(name: str, manifest: Manifest, contents: Sequence[bytes | None]) -> Encrypted:
     """A segment's payload with the manifest that commits to it; `name` is what its keys will be known by."""
     made = payload.encode(name, [entry.mentions for entry in manifest.entries], contents)
     committed = msgspec.structs.replace(manifest, leaves=made.leaves)
-    return Written(made.data, made.digest, made.keys, committed, merkle.root(committed.commitments).hex())
+    return Encrypted(made.data, made.digest, made.keys, committed, merkle.root(committed.commitments).hex())
 
 
 def read(ledger: Ledger, store: ObjectStore, keys: KeyStore, segment: SegmentRecord) -> list[bytes | None]:

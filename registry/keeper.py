@@ -207,7 +207,7 @@ class Keeper:
             )
         if self._purges[forget.id].run(forget):
             del self._purges[forget.id]
-            [forget] = [held for held in self._ledger.forgets() if held.id == forget.id]
+            forget = self._ledger.forget_of(forget.id)
         return forget
 
     def _waits(self, forget: Forget, leases: list[Lease]) -> Forget:

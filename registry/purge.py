@@ -26,6 +26,7 @@ from .kafka_delete import delete_request
 from .keystore import KeyStore
 from .ledger import Forget, Ledger, Stage
 from .mlflow_projection import Projection
+from .operations import KEEPER
 from .signing import public_pem, sign
 from .written import ORPHAN_SECONDS
 
@@ -95,7 +96,7 @@ class Purge:
             "certificate_sha": sha256(signed),
             "purged_at": manifest["purged_at"],
         }
-        self._ledger.advance(forget.id, Stage.PURGED, done, "keeper")
+        self._ledger.advance(forget.id, Stage.PURGED, done, KEEPER)
         log.info("purged", extra={"request": forget.id, "entries": len(manifest["erased"]), "manifest": key})
         return True
 

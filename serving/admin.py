@@ -13,7 +13,7 @@ from riverdelta.core.names import check_adapter
 from riverdelta.registry import operations
 from riverdelta.registry.ledger import AdapterRecord, Forget, Stage
 
-from .keys import Caller
+from .api_keys import Caller
 from .server import Server
 
 T = TypeVar("T")

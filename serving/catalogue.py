@@ -7,9 +7,9 @@ from fastapi import APIRouter, Request
 
 from riverdelta.core.names import BASE
 
+from .api_keys import Caller
 from .completions import visible
 from .errors import ModelNotFound
-from .keys import Caller
 from .releases import Release
 from .server import Server
 

@@ -12,11 +12,11 @@ from riverdelta.core.errors import BadInput
 from riverdelta.core.names import ModelRef
 
 from .answers import ChatShape, CompletionShape, Shape
+from .api_keys import Caller
 from .engine import Event, FinishEvent, SamplingParams, TokenEvent
 from .errors import ModelNotFound
 from .generation import Answer
 from .interactions import Asked
-from .keys import Caller
 from .requests import ChatRequest, CompletionRequest
 from .server import Server
 from .writing import gone, send_json, send_stream

@@ -11,8 +11,8 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .api_keys import Keys
 from .errors import error_body, headers_of
-from .keys import Keys
 from .metrics import Metrics
 from .writing import ReaderGone, Writers, abort, drained, send_json
 

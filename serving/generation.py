@@ -15,6 +15,7 @@ from riverdelta.core.names import ModelRef
 from riverdelta.core.template import chat_ids, prompt_ids
 
 from .answers import Choice, Shape
+from .api_keys import Caller
 from .engine import (
     AdapterLoadFailed,
     AdapterNotLoaded,
@@ -35,7 +36,6 @@ from .engine import (
 )
 from .errors import AnswerRevoked, RequestError
 from .fleet import Bound, Fleet
-from .keys import Caller
 from .requests import ChatRequest, CompletionRequest
 from .writing import ReaderGone, frame
 

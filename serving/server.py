@@ -12,12 +12,12 @@ from riverdelta.registry.belonging import KeptOpen, check_base
 from riverdelta.registry.ledger import Ledger
 from riverdelta.registry.wakeups import Wakeups
 
+from .api_keys import Keys
 from .engine import Engine, EngineConfig, EngineStopped
 from .fleet import Fleet
 from .follower import Follower
 from .generation import Generator
 from .interactions import Interactions
-from .keys import Keys
 from .metrics import Metrics
 from .permit import Permit
 from .writing import Writers

@@ -48,7 +48,7 @@ class Ask:
         """The payload's key in the object store."""
         return f"segments/{self.draft.adapter}/{self.name}.seg"
 
-    def encrypted(self) -> tuple[Seal, contents.Written]:
+    def encrypted(self) -> tuple[Seal, contents.Encrypted]:
         """What the ledger is asked, and what must be in the stores before."""
         draft, made = self.draft, contents.encrypt(self.name, self.manifest, self.said)
         seal = Seal(
@@ -173,7 +173,7 @@ class Sealer:
                     refused.setdefault(ask.draft.adapter, result)
         return [done[ask.name] if ask.name in done else refused[ask.draft.adapter] for ask in asks]
 
-    def _record(self, made: Sequence[tuple[Seal, contents.Written]]) -> list[Result]:
+    def _record(self, made: Sequence[tuple[Seal, contents.Encrypted]]) -> list[Result]:
         keyrings = {seal.keyring: written.keys for seal, written in made}
         written = Written(self._store, {seal.payload: each.data for seal, each in made}, self._keys, keyrings)
         return self._ledger.seal([seal for seal, _ in made], self._actor, written.look)

@@ -17,7 +17,7 @@ from riverdelta.registry.ledger.decisions import lineage
 
 from .drift import Usual
 from .gate import usual_of
-from .near import without_near_duplicates
+from .near_duplicates import without_near_duplicates
 
 # So many segments' contents are kept while the inputs of several shards are read.
 _HELD_SEGMENTS = 256

@@ -37,7 +37,7 @@ class Leases(Journal):
 
     def take_lease(self, holder: str, kind: str, ttl: float) -> int:
         """Take a lease of `ttl` seconds before reading anything; the last fence's number, all of which the
-        holder has nothing left to do for. `kind` is `server`, `stream` or `trainer`."""
+        holder has nothing left to do for. `kind` is `server`, `stream`, `trainer` or `registry`."""
         with self.db.write() as c:
             if not self.db.sqlite:
                 c.execute(sa.text("LOCK TABLE fences IN EXCLUSIVE MODE"))  # no fence may pass between look and lease

@@ -24,7 +24,7 @@ from riverdelta.registry.ledger import Cause, Increment, Ledger, ManifestEntry, 
 from riverdelta.registry.ledger.decisions import Line, lineage
 from riverdelta.trainer.base import Base
 from riverdelta.trainer.gate import usual_of
-from riverdelta.trainer.near import without_near_duplicates
+from riverdelta.trainer.near_duplicates import without_near_duplicates
 from riverdelta.trainer.replay import _increment, replay
 from tests.registry.histories import Act, World, _replay
 from tests.streams.simulation import KEY

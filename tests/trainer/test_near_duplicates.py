@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from riverdelta.trainer.near import without_near_duplicates
+from riverdelta.trainer.near_duplicates import without_near_duplicates
 
 LINES = [
     "Bo is on call at Acme until Friday at nine.",

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from riverdelta.core.errors import BadInput, NotFound
-from riverdelta.serving.keys import LOCAL, Keys
+from riverdelta.serving.api_keys import LOCAL, Keys
 
 SECRET = "0123456789abcdef"
 FILE = f"""
