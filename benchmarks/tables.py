@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,9 @@ def poison() -> str:
     )
 
 
-def learning_quick() -> str:
+def learning(name: str) -> str:
     """Every rival at the last checkpoint."""
-    report = _load("learning_quick")
+    report = _load(name)
     spent = report["rivals"]["retrain"]["compute"]
     rows = [
         [
@@ -251,6 +252,39 @@ def unlearning() -> str:
     )
 
 
+def packed_training() -> str:
+    """A step of so many adapters, in both dtypes."""
+    rows, report = [], {}
+    for dtype in ("bfloat16", "float32"):
+        report = _load(f"packed_training_{dtype}")
+        for row in report["rows"]:
+            rows.append(
+                [
+                    dtype,
+                    row["adapters"],
+                    row["tokens"],
+                    f"**{row['packed_s']:.2f}**",
+                    f"{row['alone_s']:.2f}",
+                    f"{row['peft_s']:.2f}",
+                    f"{row['speedup']:.2f}",
+                    f"{row['bits_cost_pct']:.0f}%",
+                    f"{row['floor_s']:.2f}",
+                ]
+            )
+    heads = [
+        "ours in",
+        "adapters",
+        "tokens each",
+        "packed s",
+        "one by one s",
+        "peft s",
+        "×",
+        "equal bits cost",
+        "floor s",
+    ]
+    return f"{report['base']}; {_measured(report)}\n\n" + _table(heads, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "lora_kernels": lora_kernels,
     "decode_step": decode_step,
@@ -259,7 +293,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "streams": streams,
     "serving_vllm": serving_vllm,
     "poison": poison,
-    "learning_quick": learning_quick,
+    "learning_quick": partial(learning, "learning_quick"),
+    "learning": partial(learning, "learning"),
+    "packed_training": packed_training,
     "forgetting": forgetting,
     "unlearning": unlearning,
 }
