@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from riverdelta.core.settings import Kafka, Serving, Settings
-from riverdelta.serving.run import HttpServer, bind
+from riverdelta.serving.listening import bind
+from riverdelta.serving.run import HttpServer
 from riverdelta.serving.server import Server
 
 from .hand import Hand

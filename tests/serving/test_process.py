@@ -15,7 +15,8 @@ import pytest
 
 from riverdelta.core.errors import BadInput, Conflict
 from riverdelta.core.settings import Settings
-from riverdelta.serving.run import bind, is_loopback, run
+from riverdelta.serving.listening import bind, is_loopback
+from riverdelta.serving.run import run
 
 from .conftest import eventually, small_settings
 
