@@ -13,7 +13,7 @@ import threading
 import httpx
 import pytest
 
-from riverdelta.core.errors import BadInput, Conflict
+from riverdelta.core.errors import BadInput, Conflict, Refused
 from riverdelta.core.settings import Settings
 from riverdelta.serving.listening import bind, is_loopback
 from riverdelta.serving.run import run
@@ -174,7 +174,7 @@ def test_what_a_server_does_not_start_with(tmp_path, tiny_base, hand):
     with pytest.raises(Exception, match="no folder"):
         run(small_settings(tmp_path, tmp_path / "absent"))
     hand.ledger.remember("base", "another")
-    with pytest.raises(Conflict, match="another base"):
+    with pytest.raises(Refused, match="belongs to the base model with digest another"):
         run(hand.settings)
 
 
