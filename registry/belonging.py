@@ -5,6 +5,8 @@ made on first use, so a folder that was not mounted looks like a new one.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from riverdelta.core.errors import Corrupt, Refused, Unavailable
 from riverdelta.core.keys import SubjectKey
@@ -26,12 +28,8 @@ def check_base(ledger: Ledger, digest: str) -> None:
 
 def subject_key(ledger: Ledger, settings: Settings) -> SubjectKey:
     """The key that subjects are hashed under; `Corrupt` when the ledger was made with another."""
-    try:
+    with _usable(settings):
         key = SubjectKey.open(settings.keys_dir)
-    except OSError as error:
-        raise Unavailable(
-            f"The key folder {settings.keys_dir} cannot be used: {error.strerror}.", "Set `keys` to a folder of yours."
-        ) from error
     fingerprint = key.subject("riverdelta:fingerprint")
     if ledger.remember("subject-key", fingerprint) != fingerprint:
         raise Corrupt(
@@ -43,12 +41,8 @@ def subject_key(ledger: Ledger, settings: Settings) -> SubjectKey:
 
 def key_store(ledger: Ledger, settings: Settings) -> KeyStore:
     """The key store that the settings name; `Corrupt` when the ledger was made with another root key."""
-    try:
+    with _usable(settings):
         keys = KeyStore.open(settings)
-    except OSError as error:
-        raise Unavailable(
-            f"The key folder {settings.keys_dir} cannot be used: {error.strerror}.", "Set `keys` to a folder of yours."
-        ) from error
     if ledger.remember("root-key", keys.fingerprint) != keys.fingerprint:
         keys.close()
         raise Corrupt(
@@ -56,6 +50,16 @@ def key_store(ledger: Ledger, settings: Settings) -> KeyStore:
             "Restore contents.key, or set `keys` to the folder that holds it: without it no content can be read.",
         )
     return keys
+
+
+@contextmanager
+def _usable(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(
+            f"The key folder {settings.keys_dir} cannot be used: {error.strerror}.", "Set `keys` to a folder of yours."
+        ) from error
 
 
 class KeptOpen:

@@ -215,9 +215,10 @@ class Purge:
 
     def _delete_weights(self, forget: Forget) -> None:
         """Delete revoked weights and states, unless a clean version has the very same."""
-        for part in _parts(forget):
-            keys = {weights_key(digest) for digest in part["digests"]} | {state_key(d) for d in part["states"]}
-            self._ledger.delete_unnamed(keys, self._store.delete, revoked=True)
+        parts = _parts(forget)
+        keys = {weights_key(digest) for part in parts for digest in part["digests"]}
+        keys |= {state_key(digest) for part in parts for digest in part["states"]}
+        self._ledger.delete_unnamed(keys, self._store.delete, revoked=True)
 
     def _delete_checkpoints(self, forget: Forget) -> None:
         """Delete the copies that trainers keep of increments under way; one that lives writes its own again."""
