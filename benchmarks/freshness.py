@@ -58,13 +58,13 @@ def probe(ledger: Ledger, publisher: Publisher, client: httpx.Client, adapter: s
     nonce = secrets.token_hex(3)
     event = {"id": f"probe-{number}", "adapter": adapter, "prompt": f"Code {number}?", "completion": f" {nonce}"}
     before = ledger.adapter(adapter).next_index
-    moved = ledger.db.watch() or (lambda: True)
+    moved = ledger.watch_pulse() or (lambda: (0, 0))
     published = time.time()
     publisher.send(f"probe {number}", adapter.encode(), json.dumps(event).encode())
     while not (version := _holder(ledger, adapter, before)):
         if time.time() - published > LOST:
             raise SystemExit(f"probe {number} for {adapter} is not learned after {LOST:.0f} s")
-        while not moved():
+        while moved() is None:
             time.sleep(0.002)
     asked = {"model": adapter, "prompt": event["prompt"], "max_tokens": 8, "temperature": 0}
     while True:

@@ -152,19 +152,9 @@ def forget(
     they have until those are rebuilt, or for so many seconds at most; then the keeper fences, and nobody waits.
     """
     start = time.monotonic()
-    begun = fence(
-        ledger,
-        settings,
-        subject,
-        adapters,
-        actor=actor,
-        reason=reason,
-        request=request,
-        serve_until_rebuilt=serve_until_rebuilt,
-        wakeups=wakeups,
-        keys=keys,
-    )
-    lost = ledger.await_fence(begun.fence, ["server"], progress=progress)
+    begun = _begin(ledger, settings, subject, adapters, actor, reason, request, None, serve_until_rebuilt, wakeups)
+    lost = ledger.await_fence(begun.fence, ["server"], progress=progress)  # first of all nobody answers with it
+    _erase(ledger, settings, begun, keys)
     done = begun
     if begun.stage is not Stage.LENDING:
         done = ledger.advance(begun.id, Stage.ACKNOWLEDGED, {"lost": lost}, _line(actor, 128))
@@ -239,6 +229,23 @@ def fence(
 ) -> Forget:
     """The forget's transaction and the deletion of keys: durable, and followed up by the keeper. `asked` says where a
     message that asked for it lies. Who forgets often gives the `keys`, kept open."""
+    begun = _begin(ledger, settings, subject, adapters, actor, reason, request, asked, serve_until_rebuilt, wakeups)
+    _erase(ledger, settings, begun, keys)
+    return begun
+
+
+def _begin(
+    ledger: Ledger,
+    settings: Settings,
+    subject: str,
+    adapters: Sequence[str] | None,
+    actor: str,
+    reason: str,
+    request: str,
+    asked: Mapping[str, Any] | None,
+    serve_until_rebuilt: float,
+    wakeups: Wakeups | None,
+) -> Forget:
     hashed = _hashed(ledger, settings, subject)
     request = request or str(uuid.uuid4())
     if _without(request, subject) != request:
@@ -248,6 +255,10 @@ def fence(
     until = later(now(), serve_until_rebuilt) if serve_until_rebuilt else ""
     begun = ledger.forget(request, hashed, adapters, _line(actor, 128), _line(_without(reason, subject)), asked, until)
     _tell(settings, wakeups, begun.adapters)
+    return begun
+
+
+def _erase(ledger: Ledger, settings: Settings, begun: Forget, keys: KeptOpen | None) -> None:
     opened = keys or KeptOpen(settings)
     try:
         contents.erase(ledger, opened(ledger), begun)
@@ -256,7 +267,6 @@ def fence(
     finally:
         if keys is None:
             opened.close()
-    return begun
 
 
 def allow(

@@ -54,8 +54,19 @@ class _Failure:
 class Fleet:
     """Aliases and weights. The follower moves them, requests look them up; every method may be called by both."""
 
-    def __init__(self, engine: Engine, ledger: Ledger, store: ObjectStore, permit: Permit, max_waiting: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Ledger,
+        store: ObjectStore,
+        permit: Permit,
+        flush: Callable[[Collection[str]], Callable[[], object]],
+        max_waiting: int,
+    ) -> None:
+        """`flush` begins to make sure that nothing of fenced digests is still on its way to a client; what it returns
+        waits for that."""
         self._engine, self._ledger, self._store, self._permit = engine, ledger, store, permit
+        self._flush = flush
         self._max_waiting = max_waiting
         self._served: dict[str, Release] = {}
         self._created: dict[str, int] = {}
@@ -184,18 +195,22 @@ class Fleet:
 
     def carry_out(self, acked: int) -> tuple[int, frozenset[str]]:
         """Carry out the fences after a number: the last one's number, and the digests fenced off. On return no step
-        can produce a token from them."""
+        can produce a token from them, and none is on its way to a client."""
+        flushed: Callable[[], object] | None = None
         with self._fencing:
             fences = self._ledger.fences(acked)
             digests = frozenset[str]().union(*(fence.digests for fence in fences))
             if digests:
                 self._permit.revoke(digests)
+                flushed = self._flush(digests)  # goes on while the engine ends its step
                 self._engine.revoke(digests)
                 with self._lock:
                     self._loaded -= digests
                     for digest in digests:
                         self._pinned.pop(digest, None)
             self._versions.clear()
+        if flushed is not None:
+            flushed()
         return (fences[-1].number if fences else acked), digests
 
     def pause(self, seconds: float) -> AbstractContextManager[None]:

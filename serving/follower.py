@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from riverdelta.core.errors import NotFound, RiverdeltaError
 from riverdelta.core.settings import Settings, new_holder
@@ -14,15 +14,14 @@ from .releases import Release
 
 log = logging.getLogger(__name__)
 _FULL_READ_SECONDS = 2.0
-_GLANCE_SECONDS = 0.005  # between two looks at whether the ledger's file has moved
+_GLANCE_SECONDS = 0.002  # between two looks at whether the ledger's file has moved
 _PAUSE_SECONDS = 0.05  # in which a fence goes before steps
 _RENEWALS = 4  # times per term
 _SHARE = 4  # reading releases may take one part in so many of the time
 
 
 class Follower:
-    """A thread that reads the ledger whenever it moves. `flush` makes sure that nothing of fenced digests is still
-    on its way to a client; a fence is acknowledged after it."""
+    """A thread that reads the ledger whenever it moves."""
 
     def __init__(
         self,
@@ -30,7 +29,6 @@ class Follower:
         ledger: Ledger,
         fleet: Fleet,
         permit: Permit,
-        flush: Callable[[Collection[str]], None],
         on_fence: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.holder = new_holder("server")
@@ -39,7 +37,7 @@ class Follower:
         self._ttl, self._poll = settings.serving.lease_seconds, settings.serving.poll_seconds
         self._preload = settings.serving.adapter_slots
         self._ledger, self._fleet, self._permit = ledger, fleet, permit
-        self._flush, self._on_fence = flush, on_fence
+        self._on_fence = on_fence
         self._stop = threading.Event()
         self._held = False
         self._acked: int | None = None
@@ -73,12 +71,12 @@ class Follower:
                 log.warning("lease not given up: %s", error)
 
     def _run(self) -> None:
-        moved = self._ledger.db.watch()
+        look, pulse = self._ledger.watch_pulse(), None
         while not self._stop.is_set():
             woken = self.wake.is_set() and not self._loaded.is_set()
             self.wake.clear()
             try:
-                self._turn(woken)
+                self._turn(woken, pulse)
                 if self._troubled:
                     self._troubled = False
                     log.info("the ledger answers again")
@@ -89,23 +87,25 @@ class Follower:
             except Exception:
                 log.exception("the follower failed and goes on")
                 self._troubled = True
-            self._rest(moved)
+            pulse = self._rest(look)
 
-    def _rest(self, moved: Callable[[], bool] | None) -> None:
-        """Until something is to be looked at: a wake-up, another writer's commit where that can be seen, or time."""
-        if moved is None:
+    def _rest(self, look: Callable[[], tuple[int, int] | None] | None) -> tuple[int, int] | None:
+        """Until something is to be looked at: a wake-up, another writer's commit where that can be seen (the pulse
+        then), or time."""
+        if look is None:
             self.wake.wait(self._poll)
-            return
+            return None
         until = clock() + self._poll
         while not self.wake.wait(max(0.0, min(_GLANCE_SECONDS, until - clock()))):
-            if moved() or clock() >= until:
-                return
+            if (pulse := look()) is not None or clock() >= until:
+                return pulse
+        return None
 
-    def _turn(self, woken: bool) -> None:
+    def _turn(self, woken: bool, pulse: tuple[int, int] | None) -> None:
         if not self._held:
             self._take()
         # Only reading, so that events that are sealed do not make every server write.
-        fence, now = self._ledger.pulse()
+        fence, now = pulse or self._ledger.pulse()
         moved, self._clock = now != self._clock, now
         self._dirty |= moved or woken
         fenced = fence > (self._acked or 0)
@@ -159,7 +159,6 @@ class Follower:
         assert self._acked is not None
         began = clock()
         number, digests = self._fleet.carry_out(self._acked)
-        self._flush(digests)
         self._dirty, self._wanted = True, None
         self._rest_until = 0.0  # an alias may point at what is gone
         self._acked = number

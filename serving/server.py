@@ -71,12 +71,12 @@ class Server:
         self.permit.start(self._halt)
         self.metrics.watch(engine.stats, self._figures)
         store = ObjectStore(self.settings.store_url)
-        self._fleet = Fleet(engine, ledger, store, self.permit, self.settings.serving.max_queue)
+        self._fleet = Fleet(engine, ledger, store, self.permit, self.writers.flush, self.settings.serving.max_queue)
         self._generator = Generator(engine, self._fleet, digest)
         log.info("the base model answers", extra={"digest": digest, "seconds": round(time.monotonic() - began, 1)})
-        follower = Follower(self.settings, ledger, self._fleet, self.permit, self.writers.flush, self.metrics.fence)
+        follower = Follower(self.settings, ledger, self._fleet, self.permit, self.metrics.fence)
         self._fleet.on_loaded = follower.on_loaded
-        if self.wakeups is not None:
+        if self.wakeups is not None and not ledger.db.sqlite:  # else the follower sees the ledger's file move
             self.wakeups.listen(self.settings.topics.releases, follower.wake)
         with self._lock:
             if not self._stopping:

@@ -31,12 +31,15 @@ class Writers:
         self._writing: dict[asyncio.Task[Any], str | None] = {}
         self._cut_off: set[asyncio.Task[Any]] = set()
 
-    def flush(self, digests: Collection[str]) -> None:
-        """On return nothing that these weights produced is between the check and the socket: what had passed the check
-        is written, and answers that wait for a slow reader are cut off."""
+    def flush(self, digests: Collection[str]) -> Callable[[], object]:
+        """Begin to clear the way between the check and the socket of what these weights, which pass it no more, have
+        produced. Once what is returned has returned, nothing is there: what had passed is written, and answers that
+        wait for a slow reader are cut off."""
         fenced = frozenset(digests)
-        if self.loop is not None and not self.loop.is_closed():
-            asyncio.run_coroutine_threadsafe(self._cut(fenced.__contains__), self.loop).result(_FLUSH_SECONDS)
+        if self.loop is None or self.loop.is_closed():
+            return lambda: None
+        begun = asyncio.run_coroutine_threadsafe(self._cut(fenced.__contains__), self.loop)
+        return lambda: begun.result(_FLUSH_SECONDS)
 
     def halt(self) -> None:
         """Cut off every adapter's answers that wait for a slow reader, without waiting for that."""

@@ -2,6 +2,7 @@
 
 import fcntl
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from .tables import metadata
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 NEWEST = "0005"  # the last revision in migrations/versions
+_BUSY_SECONDS = 30.0  # that a transaction waits for another's lock (SQLite)
+_TRY_AGAIN_SECONDS = 0.001
 
 
 class Database:
@@ -96,22 +99,26 @@ class Database:
                     if won:
                         connection.execute(sa.select(sa.func.pg_advisory_unlock(sa.func.hashtext(name))))
 
-    def watch(self) -> Callable[[], bool] | None:
-        """On SQLite, what says whether others have written since it was last asked, for microseconds of work; belongs
-        to the thread that made it. None elsewhere: there a look costs a round trip."""
+    def watch(self, query: sa.Select[Any]) -> Callable[[], tuple[Any, ...] | None] | None:
+        """On SQLite, what gives a query's one row if others have written since it last did, else None, for microseconds
+        of work; belongs to the thread that made it. None elsewhere: there a look costs a round trip."""
         if not self.sqlite:
             return None
+        asked = str(query.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True}))
         raw: Any = sqlite3.connect(sa.make_url(self.url).database or "", timeout=0, isolation_level=None)
         seen = -1
 
-        def moved() -> bool:
+        def look() -> tuple[Any, ...] | None:
             nonlocal seen
-            before = seen
             with suppress(sqlite3.OperationalError):
-                [(seen,)] = raw.execute("PRAGMA data_version")
-            return seen != before
+                [(version,)] = raw.execute("PRAGMA data_version")
+                if version != seen:
+                    [row] = raw.execute(asked)
+                    seen = version
+                    return tuple(row)
+            return None
 
-        return moved
+        return look
 
     def migrate(self) -> None:
         """Create the tables, or bring an older ledger's up to date."""
@@ -167,7 +174,7 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
     for pragma in (
         "journal_mode=WAL",
         "synchronous=FULL",
-        "busy_timeout=30000",
+        f"busy_timeout={int(_BUSY_SECONDS * 1000)}",
         "secure_delete=ON",
         "foreign_keys=ON",
         "cache_size=-65536",  # 64 MiB: mentions are inserted all over their tree
@@ -179,9 +186,28 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     options = connection.get_execution_options()
     if options.get("reading", False):
         connection.exec_driver_sql("BEGIN")
-    else:
-        connection.exec_driver_sql(f"PRAGMA synchronous={'NORMAL' if options.get('hasty', False) else 'FULL'}")
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        return
+    raw: Any = connection.connection.driver_connection
+    raw.execute(f"PRAGMA synchronous={'NORMAL' if options.get('hasty', False) else 'FULL'}")
+    # SQLite's own way to wait for the write lock sleeps longer and longer, up to a tenth of a second: an
+    # acknowledgement would come that late.
+    raw.execute("PRAGMA busy_timeout=0")
+    until = time.monotonic() + _BUSY_SECONDS
+    try:
+        while True:
+            try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                return
+            except sa.exc.OperationalError as error:
+                if not _busy(error.orig) or time.monotonic() > until:
+                    raise
+            time.sleep(_TRY_AGAIN_SECONDS)
+    finally:
+        raw.execute(f"PRAGMA busy_timeout={int(_BUSY_SECONDS * 1000)}")
+
+
+def _busy(error: BaseException | None) -> bool:
+    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
 
 
 @contextmanager

@@ -20,7 +20,13 @@ from .records import Lease
 from .rows import lease_of
 
 _GLANCE_SECONDS = 0.002  # between two looks at whether somebody has acknowledged
-_GLANCES = 25  # before a full look, which also finds leases that ran out, where nothing moves
+_GLANCES = 25  # before a full look, which also finds leases that ran out
+# The last fence, and a sum that rises with every fact. Not the highest fact id: on PostgreSQL a lower one may commit
+# later.
+_PULSE = sa.select(
+    sa.func.coalesce(sa.select(sa.func.max(t.fences.c.number)).scalar_subquery(), 0),
+    sa.func.coalesce(sa.func.sum(t.adapters.c.head), 0),
+)
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,14 @@ class Leases(Journal):
 
     def pulse(self) -> tuple[int, int]:
         """The number of the last fence, and one that rises with every fact of any adapter; cheap to read often."""
-        # Not the highest fact id: on PostgreSQL a lower one may commit later.
-        query = sa.select(sa.select(sa.func.max(t.fences.c.number)).scalar_subquery(), sa.func.sum(t.adapters.c.head))
         with self.db.read() as c:
-            fence, clock = c.execute(query).one()
-        return int(fence or 0), int(clock or 0)
+            fence, clock = c.execute(_PULSE).one()
+        return int(fence), int(clock)
+
+    def watch_pulse(self) -> Callable[[], tuple[int, int] | None] | None:
+        """What gives the pulse if others have written since it last did, where that can be seen at once; belongs to
+        the thread that made it."""
+        return self.db.watch(_PULSE)
 
     def last_fence(self) -> int:
         """The number of the last fence, 0 when there is none."""
@@ -113,7 +122,8 @@ class Leases(Journal):
         """
         start = time.monotonic()
         lost: list[str] = []
-        moved = self.db.watch()
+        waits = sa.select(sa.func.count()).where(t.leases.c.kind.in_(kinds), t.leases.c.acked < fence)
+        look = self.db.watch(waits)
         while True:
             open_leases, given_up = self.settle_fence(fence, kinds, time.monotonic() - start)
             lost += given_up
@@ -123,7 +133,7 @@ class Leases(Journal):
                 progress(open_leases)
             for _ in range(_GLANCES):
                 time.sleep(_GLANCE_SECONDS)
-                if moved is None or moved():
+                if look is None or look() == (0,):
                     break
 
     def settle_fence(self, fence: int, kinds: Collection[str], waited: float) -> tuple[list[Lease], list[str]]:

@@ -72,6 +72,10 @@ class Ledger(Sealing, Claims, Forgetting):
 
     def remember(self, key: str, value: str) -> str:
         """Write a fact about the whole ledger once; the value that stands is returned."""
+        with self.db.read() as c:
+            known = c.execute(sa.select(t.meta.c.value).where(t.meta.c.key == key)).scalar()
+        if known is not None:
+            return str(known)
         with self.db.write() as c:
             return self._remember(c, key, value)[0]
 

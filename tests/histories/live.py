@@ -157,13 +157,13 @@ class Lived:
 
     def publish(self) -> None:
         """Some events: examples, answers and what people say of them, duplicates, junk."""
-        for _ in range(self.rng.randrange(1, 5)):
+        for _ in range(self.rng.randrange(1, 5) + (4 if self.kind == "moved" else 0)):
             part, event = self.rng.choice([0, 1]), self.event()
             self.river.publish(part, event)
 
     def event(self) -> dict[str, Any] | None:
         draw = self.rng.random()
-        if self.kind == "moved" and self.rng.random() < 0.6:
+        if self.kind == "moved" and self.rng.random() < 0.8:
             draw = 0.9  # an example
         if draw < 0.04:
             return None
@@ -310,6 +310,12 @@ class Lived:
             contents.erase(self.ledger, self.river.keys, held)
         self.requests.append(held)
         self.counts["forgets"] += 1
+        self.counts["drifts forgotten"] += sum(
+            bool(versions[number].metrics.get("drift"))
+            for part in held.body["doomed"]
+            for versions in [self.ledger.versions(part["adapter"])]
+            for number in part["versions"]
+        )
         self.counts["entries forgotten"] += sum(part["entries"] for part in held.body["doomed"])
         for name in adapters or ADAPTERS:
             self.forgotten[name][subject] = None

@@ -5,9 +5,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from riverdelta.core.errors import Conflict
+import pytest
+
+from riverdelta.core.errors import Conflict, Unavailable
 from riverdelta.core.recipe import Recipe
-from riverdelta.registry.ledger import Ledger
+from riverdelta.registry.ledger import Ledger, database
 from riverdelta.registry.verify import check_chain
 from tests.registry.histories import World, check_adapter, keyed
 
@@ -60,3 +62,37 @@ def race(url: str, rounds: int = 25) -> None:
 
 def test_writers_serialise(tmp_path: Path) -> None:
     race(f"sqlite:///{tmp_path}/ledger.db")
+
+
+def test_a_writer_waits_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = Ledger.open(url := f"sqlite:///{tmp_path / 'ledger.db'}"), Ledger.open(url)
+    one.remember("known", "first")
+    waiting = threading.Thread(target=lambda: other.remember("new", "second"))
+    with one.db.write():
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        assert other.remember("known", "another") == "first"  # to read what is known, nobody waits
+    waiting.join(30)
+    assert one.remember("new", "late") == "second"
+    monkeypatch.setattr(database, "_BUSY_SECONDS", 0.0)
+    with one.db.write(), pytest.raises(Unavailable, match="locked"):
+        other.remember("newer", "third")
+    assert other.remember("newer", "third") == "third"
+    one.close()
+    other.close()
+
+
+def test_who_watches_sees_what_others_write(tmp_path: Path) -> None:
+    one, other = Ledger.open(url := f"sqlite:///{tmp_path / 'ledger.db'}"), Ledger.open(url)
+    look = one.watch_pulse()
+    assert look is not None
+    assert look() == (0, 0)
+    assert look() is None
+    other.create("acme", Recipe(), "test")
+    assert look() == other.pulse() == (0, 1)
+    other.forget("req", keyed("ann"), ["acme"], "test")
+    assert look() == other.pulse()
+    assert look() is None
+    one.close()
+    other.close()
