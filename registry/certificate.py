@@ -86,12 +86,29 @@ def _check(told: Mapping[str, Any]) -> Checked:
             chain = chained(chain, line if isinstance(line, str) else sha256(canonical_json(line)))
         if chain != each["journal"]["chain"]:
             problems.append(f"The journal of {each['adapter']} does not lead to where it ends.")
-        problems += _check_fence(held, each)
+        problems += [*_check_line(held, each), *_check_fence(held, each)]
     if held["purged_at"] < held["fenced_at"]:
         problems.append("It was purged before it was fenced.")
     revoked_count = sum(len(each["revoked"]) for each in held["adapters"])
     names = tuple(each["adapter"] for each in held["adapters"])
     return Checked(held["request"], len(held["erased"]), revoked_count, names, tuple(problems))
+
+
+def _check_line(held: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[str]:
+    """What an adapter's own line about the forget says otherwise than the certificate."""
+    name, lines = adapter["adapter"], adapter["journal"]["lines"]
+    own = next((line[3] for line in lines if not isinstance(line, str) and line[2] == "forget"), None)
+    if own is None:
+        return [f"The journal of {name} says nothing of the forget."]
+    told = {
+        "request": held["request"],
+        "subject": held["subject"],
+        "epoch": held["epochs"][name],
+        "revoked": [each["version"] for each in adapter["revoked"]],
+        "segments": [each["segment"] for each in held["segments"] if each["adapter"] == name],
+        "entries": sum(each["adapter"] == name for each in held["erased"]),
+    }
+    return [f"The journal of {name} has other {what} than {said}." for what, said in told.items() if own[what] != said]
 
 
 def _check_fence(held: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[str]:
@@ -101,7 +118,7 @@ def _check_fence(held: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[st
     stages = {body["stage"]: (at, body) for _, _, kind, body, at, *_ in own if kind == "forget_stage"}
     begun, asked = next(((at, body) for _, _, kind, body, at, *_ in own if kind == "forget"), ("", None))
     if asked is None:
-        return [f"The journal of {adapter['adapter']} says nothing of the forget."]
+        return []
     told = held["fenced_at"]
     called_in = stages.get("fenced", ("", {}))[1].get("fenced_at")
     if "lent" in asked and called_in != told:
@@ -178,11 +195,14 @@ def open_receipt(told: Mapping[str, Any], data: bytes) -> tuple[int, list[str]]:
     return opened, problems
 
 
-def check_stored(ledger: Ledger, told: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What the ledger says otherwise than a certificate, and what has superseded it since: a later forget that revoked
-    what stood in the place of the first."""
+def check_stored(ledger: Ledger, told: Mapping[str, Any], digest: str) -> tuple[list[str], list[str]]:
+    """What the ledger says otherwise than a certificate with this SHA-256, and what has superseded it since: a later
+    forget that revoked what stood in the place of the first."""
     problems, superseded = [], []
     held = told["predicate"]
+    recorded = {forget.id: forget.body.get("certificate_sha") for forget in ledger.forgets()}
+    if recorded.get(held["request"]) != digest:
+        problems.append(f"It is not the certificate that was issued of the forget {held['request']}.")
     fence = next(iter(ledger.fences(held["fence"] - 1)), None)
     if fence is None or (fence.number, fence.at) != (held["fence"], held["fenced_at"]):
         problems.append(f"The fence {held['fence']} was not made at {held['fenced_at']}.")
@@ -193,10 +213,13 @@ def check_stored(ledger: Ledger, told: Mapping[str, Any]) -> tuple[list[str], li
         last = known.get(journal["seq"])
         if last is None or last.chain != journal["chain"]:
             problems.append(f"The journal of {name} is not the one that the certificate continues.")
-        version = ledger.versions(name).get(each["tip"]["version"])
-        if each["tip"]["version"] and (version is None or version.digest != each["tip"]["digest"]):
-            problems.append(f"{name}@{each['tip']['version']} has other weights than the certificate says.")
-        elif version is not None and version.revoked:
+        versions = ledger.versions(name)
+        for said in [each["tip"], each["clean_parent"], *each["rebuilt"], *each["revoked"]]:
+            number = said["version"]
+            if number and (number not in versions or versions[number].digest != said["digest"]):
+                problems.append(f"{name}@{number} has other weights than the certificate says.")
+        version = versions.get(each["tip"]["version"])
+        if version is not None and version.revoked:
             by = [
                 fact.body["request"]
                 for fact in facts[name]

@@ -360,6 +360,8 @@ def _verify_certificate(
 ) -> int:
     from dataclasses import replace
 
+    from riverdelta.core.digests import sha256
+
     from .certificate import check, check_stored, is_receipt, open_receipt
     from .report import print_certificate
     from .signing import key_of, opened, public_pem
@@ -378,7 +380,7 @@ def _verify_certificate(
         if auditor is None:
             raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
         with _ledger(config, data) as (settings, ledger):
-            problems, superseded = check_stored(ledger, told)
+            problems, superseded = check_stored(ledger, told, sha256(signed))
             found = replace(found, problems=(*found.problems, *problems), superseded=tuple(superseded))
             if not problems:
                 replayed = auditor(settings, ledger, told)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from riverdelta.core.digests import canonical_json
+from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.errors import BadInput, Corrupt
 from riverdelta.core.settings import Kafka, Settings
 from riverdelta.registry import operations
@@ -57,7 +57,7 @@ def test_anyone_checks_it_without_data(issued: Issued) -> None:
     found = check(told)
     assert (found.request, found.erased, found.revoked, found.problems) == ("req", 1, 1, ())
     assert [each["name"] for each in told["subject"]] == ["acme@3"]
-    assert check_stored(issued.stack.ledger, told) == ([], [])
+    assert check_stored(issued.stack.ledger, told, sha256(issued.data)) == ([], [])
     assert b"canary" not in issued.data
     assert b'"ann"' not in issued.data
 
@@ -111,7 +111,7 @@ def test_a_signed_lie_does_not_fit_together(issued: Issued) -> None:
         for step in way:
             place = place[step]
         place[last] = value
-        return [*check(copy).problems, *check_stored(issued.stack.ledger, copy)[0]]
+        return [*check(copy).problems, *check_stored(issued.stack.ledger, copy, sha256(issued.data))[0]]
 
     other = "0" * 64
     assert "not in the tree" in changed("erased", 0, "commitment", other)[0]
@@ -120,6 +120,19 @@ def test_a_signed_lie_does_not_fit_together(issued: Issued) -> None:
     assert "stands in its own place" in changed("adapters", 0, "revoked", 0, "version", 3)[0]
     assert "does not lead" in changed("adapters", 0, "journal", "lines", 0, other)[0]
     assert "before it was fenced" in changed("purged_at", "2000-01-01T00:00:00.000Z")[0]
+    assert "other revoked" in changed("adapters", 0, "revoked", [])[0]
+    assert "other entries" in changed("erased", [])[0]
+    for name, value in (("request", "other"), ("subject", other), ("epochs", {"acme": 2})):
+        assert f"other {name.rstrip('s')}" in changed(name, value)[0]
+    for place in (("clean_parent",), ("rebuilt", 0), ("revoked", 0)):
+        assert any("other weights" in problem for problem in changed("adapters", 0, *place, "digest", other))
+    # What nothing contradicts is still not what was issued.
+    said = told["predicate"]
+    told_otherwise = {**told, "predicate": {**said, "kafka": []}}
+    again = sign(issued.stack.settings.keys_dir, told_otherwise)
+    assert check(opened(again, key_of(issued.pem))).problems == ()
+    [problem] = check_stored(issued.stack.ledger, told_otherwise, sha256(again))[0]
+    assert "not the certificate that was issued" in problem
     for lie in ("2000-01-01T00:00:00.000Z", told["predicate"]["purged_at"]):
         assert any("at another time" in problem for problem in changed("fenced_at", lie))
         assert any("was not made at" in problem for problem in changed("fenced_at", lie))
@@ -166,17 +179,18 @@ def test_the_time_of_the_fence_is_when_the_loan_was_called_in(tmp_path: Path) ->
     stack.train("acme")
     while keeper.advance_forgets():
         pass
-    told = opened(stack.store.get(certificate_key("late")), key_of(stack.store.get(PUBLIC_KEY)))
+    data = stack.store.get(certificate_key("late"))
+    told = opened(data, key_of(stack.store.get(PUBLIC_KEY)))
     held = told["predicate"]
     dirty = stack.ledger.version("acme", 2).digest
     [fence] = [each for each in stack.ledger.fences(0) if dirty in each.digests]
     assert (held["fence"], held["fenced_at"]) == (fence.number, fence.at)
     assert held["fenced_at"] > begun.at
     assert check(told).problems == ()
-    assert check_stored(stack.ledger, told) == ([], [])
+    assert check_stored(stack.ledger, told, sha256(data)) == ([], [])
     held["fenced_at"] = begun.at  # as if nothing had been served meanwhile
     assert any("was served until" in problem for problem in check(told).problems)
-    assert any("was not made at" in problem for problem in check_stored(stack.ledger, told)[0])
+    assert any("was not made at" in problem for problem in check_stored(stack.ledger, told, sha256(data))[0])
 
 
 def test_superseded_is_not_tampered(tmp_path: Path) -> None:
@@ -187,9 +201,9 @@ def test_superseded_is_not_tampered(tmp_path: Path) -> None:
     second = forget(stack, "cat", "second")
     key = key_of(stack.store.get(PUBLIC_KEY))
     earlier, later = opened(first, key), opened(second, key)
-    problems, superseded = check_stored(stack.ledger, earlier)
+    problems, superseded = check_stored(stack.ledger, earlier, sha256(first))
     assert problems == []
     assert [each.split(" by the forget ")[1] for each in superseded] == ["second"]
-    assert check_stored(stack.ledger, later) == ([], [])
+    assert check_stored(stack.ledger, later, sha256(second)) == ([], [])
     assert later["predicate"]["previous"] == stack.ledger.forget_of("first").body["certificate_sha"]
     assert os.stat(stack.settings.keys_dir / "certificates.key").st_mode & 0o077 == 0
