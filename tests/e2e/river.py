@@ -62,6 +62,7 @@ class River:
         self.log = folder / "up.log"
         self.recipe = folder / "recipe.toml"
         self.recipe.write_text(RECIPE)
+        (temporary := folder / "temporary").mkdir()
         run = uuid.uuid4().hex[:8]
         names = {
             f"RIVERDELTA_TOPICS__{each.upper()}": f"{each}-{run}" for each in ("events", "control", "jobs", "releases")
@@ -77,6 +78,7 @@ class River:
             "RIVERDELTA_SERVING__THREADS": "1",
             "RIVERDELTA_SERVING__PORT": "0",
             "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(temporary),
             **({"RIVERDELTA_KAFKA__BOOTSTRAP": bootstrap} if bootstrap else {}),
             **environment,
         }
@@ -270,8 +272,8 @@ class River:
         return any(text.encode() in content for segment in held for content in segment if content is not None)
 
     def files_with(self, text: str) -> list[Path]:
-        """The files of the data folder that hold a text."""
-        files = [path for path in self.data.rglob("*") if path.is_file()]
+        """The files that hold a text: data, keys, what processes said and what they wrote in passing."""
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
         return [path for path in files if text.encode() in _bytes(path)]
 
 
