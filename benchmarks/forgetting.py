@@ -46,7 +46,7 @@ from tests.trainer.stack import Stack, hashed
 
 COUNTS = (1, 4, 16)
 # The better of two for one shard. The mean of many parts moves less than each of them, and wants more.
-RATES = {1: (0.001, 0.002), 4: (0.004,), 16: (0.01,)}
+RATES = {1: (0.0015, 0.003), 4: (0.004,), 16: (0.01,)}
 MEASURED = {1: 2, 4: 3, 16: 8}
 SPACINGS = (1, 2, 4, 8)
 LONGEST = 96
@@ -95,7 +95,7 @@ def recipe_of(count: int, rate: float, passes: int, size: int) -> Recipe:
     """The recipe with so many shards."""
     return Recipe.from_dict(
         {
-            "training": {"max_length": LONGEST, "passes": passes, "steps": 1},
+            "training": {"max_length": LONGEST, "passes": passes},
             "optimiser": {"learning_rate": rate},
             "shards": {"count": count},
             "seal": {"count": size},
@@ -199,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--segments", type=int, default=8)
     parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--passes", type=int, default=Recipe().training.passes)
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
