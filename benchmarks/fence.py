@@ -1,6 +1,7 @@
 """The fence under load: how long after a forget is durable until the last server has acknowledged it.
 
-Servers in processes of their own on one ledger, woken over Kafka; clients in another process that stream answers
+Servers in processes of their own on one ledger in SQLite, whose file they watch (wake-ups go over Kafka all the same,
+to whom it may concern); clients in another process that stream answers
 from every server without pause; and a hand that releases a version that saw a subject, waits until every server
 answers with it, and forgets the subject. Timed is the warm process: from the return of the transaction that made
 the fence durable to the last acknowledgement read; and beside it the wall time of the whole command `riverdelta
