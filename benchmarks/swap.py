@@ -224,7 +224,7 @@ def main() -> None:
             assert server.stdin is not None
             server.stdin.write(settings.model_dump_json().encode())
             server.stdin.close()
-            _await_ready(settings.serving_url, server)
+            await_ready(settings.serving_url, server)
             result = asyncio.run(measure(settings.serving_url, hand, linears, options))
         finally:
             server.terminate()
@@ -249,7 +249,8 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _await_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+def await_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Return once it answers."""
     while True:
         if server.poll() is not None:
             raise SystemExit("the server did not start")

@@ -29,7 +29,7 @@ from .grammar import Grammars
 from .invariance import check_invariance
 from .live import Live
 from .model import PagedModel
-from .request import FinishReason, GenerationRequest, RequestHandle
+from .request import Bell, FinishReason, GenerationRequest, RequestHandle
 from .sampling import Choice, RowSampler, choose
 from .scheduler import Limits, Scheduler, Sequence, Work
 from .step import Step, build_step
@@ -62,6 +62,7 @@ class Engine:
         self._weights = Weights(model, config, self._pool, self._changed)
         self._scheduler = Scheduler(Limits.of(config), self._pool, self._weights.slots)
         self._live: dict[str, Live] = {}
+        self._bell = Bell()
         self._halted = False
         self._in_step = False
         self._paused_until = 0.0
@@ -188,7 +189,7 @@ class Engine:
             tokens=list(request.prompt_ids),
             prompt_len=len(request.prompt_ids),
         )
-        handle = RequestHandle(request.request_id, lambda: self._cancel(request.request_id))
+        handle = RequestHandle(request.request_id, lambda: self._cancel(request.request_id), self._bell)
         text = TextStream(self._backend, request.prompt_ids, request.sampling.stop)
         with self._changed:
             self._admit(request)
@@ -312,7 +313,7 @@ class Engine:
                 choices = self._run(step, samplers)
             except Exception:
                 logger.exception("A step of %d sequences failed", len(step.work))
-            with self._changed:
+            with self._bell.held(), self._changed:
                 self._in_step = False
                 if choices is None:
                     self._fail(step)
@@ -337,10 +338,13 @@ class Engine:
 
     def _emit(self, step: Step, choices: list[Choice]) -> None:
         now = time.monotonic()
+        told = []
         for item, choice in zip(step.sampled, choices, strict=True):
             live = self._live.get(item.seq.request_id)
-            if live is None or live.seq is not item.seq:
-                continue  # cut while the step ran
+            if live is not None and live.seq is item.seq:  # else cut while the step ran
+                told.append((live, choice))
+        # Who was served least hears first: an event loop would tell a flood's tokens before another's.
+        for live, choice in sorted(told, key=lambda pair: self._scheduler.standing(pair[0].seq)):
             self._totals["answer_tokens"] += 1
             try:
                 reason = live.advance(choice, self.model.eos, now)

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -127,12 +128,52 @@ class FinishEvent:
 Event = TokenEvent | FinishEvent
 
 
+class Bell:
+    """Wakes the readers on event loops, all of a step at once: each call into a loop lets its thread take Python away
+    from the caller's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sleepers: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+        self._held = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Wake nobody before the end."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self._ring()
+
+    def wake(self, loop: asyncio.AbstractEventLoop, ready: asyncio.Event) -> None:
+        """Set the event, in the order of these calls."""
+        with self._lock:
+            self._sleepers.setdefault(loop, []).append(ready)
+        if not self._held:
+            self._ring()
+
+    def _ring(self) -> None:
+        with self._lock:
+            sleepers, self._sleepers = self._sleepers, {}
+        for loop, events in sleepers.items():
+            with suppress(RuntimeError):  # the readers' loop is closed: nobody waits
+                loop.call_soon_threadsafe(_set_all, events)
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
+
+
 class RequestHandle:
     """The answer as it comes: iterate it (or `async for`) for TokenEvents and, last, one FinishEvent."""
 
-    def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
+    def __init__(self, request_id: str, cancel: Callable[[], None], bell: Bell) -> None:
         self.request_id = request_id
         self._cancel = cancel
+        self._bell = bell
         self._events: deque[Event] = deque()
         self._changed = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
@@ -191,8 +232,4 @@ class RequestHandle:
     def _wake(self) -> None:
         self._changed.notify_all()
         if self._waiter is not None:
-            loop, ready = self._waiter
-            try:
-                loop.call_soon_threadsafe(ready.set)
-            except RuntimeError:  # the consumer's loop is closed: nobody waits
-                self._waiter = None
+            self._bell.wake(*self._waiter)

@@ -128,7 +128,7 @@ class Scheduler:
         parts: dict[str, int] = {}
         held = Counter(s.tenant for s in self.running)
         for seq in sorted(
-            self.running, key=lambda s: (self.paid_by_tenant[s.tenant], held[s.tenant], self._standing(s))
+            self.running, key=lambda s: (self.paid_by_tenant[s.tenant], held[s.tenant], self.standing(s))
         ):
             if not seq.running:
                 continue  # preempted for one before it
@@ -164,6 +164,10 @@ class Scheduler:
             self._unqueue(seq)
         self._let_slot_go(seq)
         self._prune()
+
+    def standing(self, seq: Sequence) -> tuple[int, int, int]:
+        """Where a sequence stands among those running: who was served least comes first."""
+        return self.paid_by_tenant[seq.tenant], self.paid[seq.owner], seq.admitted
 
     @property
     def queued(self) -> int:
@@ -297,7 +301,7 @@ class Scheduler:
             if taken is not None:
                 seq.blocks += taken
                 continue
-            victim = max(self.running, key=self._standing)
+            victim = max(self.running, key=self.standing)
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -361,9 +365,6 @@ class Scheduler:
     def _pay(self, seq: Sequence, cost: int) -> None:
         self.paid[seq.owner] += cost
         self.paid_by_tenant[seq.tenant] += cost
-
-    def _standing(self, seq: Sequence) -> tuple[int, int, int]:
-        return self.paid_by_tenant[seq.tenant], self.paid[seq.owner], seq.admitted
 
     def _active_keys(self) -> set[Key]:
         return self.waiting.keys() | {s.owner for s in self.running}

@@ -23,6 +23,7 @@ from riverdelta.serving.engine import (
     TokenEvent,
     VersionRevoked,
 )
+from riverdelta.serving.engine.request import Bell, RequestHandle
 
 from . import models
 from .conftest import Asker, collect, tokens
@@ -289,6 +290,53 @@ def test_events_arrive_on_an_event_loop(engines):
     for events in asyncio.run(all_of_them()):
         assert isinstance(events[-1], FinishEvent)
         assert all(isinstance(e, TokenEvent) for e in events[:-1])
+
+
+def test_who_was_served_least_hears_first(engines, monkeypatch):
+    """On an event loop a flood's tokens of the same step would else be told before another's."""
+    engine = engines(max_batch=6, prefill_chunk=64)
+    told: list[tuple[float, str]] = []
+    push = RequestHandle.push
+
+    def telling(handle, event):
+        if isinstance(event, TokenEvent):
+            told.append((event.emitted_at, handle.request_id))
+        push(handle, event)
+
+    monkeypatch.setattr(RequestHandle, "push", telling)
+
+    def ask(tenant, n, max_tokens):
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        asked = {"prompt_ids": models.prompt(n, 4), "sampling": sampling, "tenant": tenant}
+        return engine.submit(GenerationRequest(request_id=f"{tenant}{n}", **asked))
+
+    flood = [ask("flood", n, 80) for n in range(4)]
+    next(iter(flood[0]))
+    alone = [handle for n in range(5) if list(handle := ask("one", n, 1))]
+    for handle in flood:
+        list(handle)
+    for handle in alone:
+        at = next(at for at, request_id in told if request_id == handle.request_id)
+        assert next(request_id for then, request_id in told if then == at) == handle.request_id
+
+
+def test_a_step_calls_into_a_loop_once():
+    calls = []
+
+    class Loop:
+        def call_soon_threadsafe(self, *call):
+            calls.append(call)
+
+    bell, loop, events = Bell(), Loop(), [asyncio.Event() for _ in range(3)]
+    with bell.held():
+        for event in events:
+            bell.wake(loop, event)
+        assert calls == []
+    bell.wake(loop, events[0])
+    for function, *arguments in calls:
+        function(*arguments)
+    assert len(calls) == 2
+    assert all(event.is_set() for event in events)
 
 
 def test_a_failing_step_ends_its_requests_and_three_end_the_engine(engines, monkeypatch):

@@ -59,7 +59,14 @@ class Solo:
 
 def run(engines, backend: str, requests: int) -> tuple[list[float], dict]:
     """Submit the requests from four threads, give some of them up, and compare each distinct answer once."""
-    options = {"max_batch": 8, "kv_blocks": 40, "adapter_slots": 14, "host_adapter_bytes": 150_000}
+    # Blocks for a third of what 32 of the longest hold, so that some are preempted.
+    options = {
+        "max_batch": 32,
+        "kv_blocks": 160,
+        "prefill_chunk": 64,
+        "adapter_slots": 14,
+        "host_adapter_bytes": 150_000,
+    }
     engine = engines(cpu_backend=backend, **options)
     solo = Solo(engines(cpu_backend=backend, max_batch=1, prefix_cache=False, adapter_slots=ADAPTERS))
     for n, digest in enumerate(DIGESTS):
