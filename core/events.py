@@ -5,6 +5,7 @@ its value (binary mode). Whatever the form, `decode` gives an `Event` or a `Cont
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -111,6 +112,7 @@ class _Said(Struct, frozen=True, tag="example"):
 
 
 _encoder = msgspec.json.Encoder()
+_check_adapter = lru_cache(65_536)(check_adapter)  # the same few come again and again
 # One reader for the common case: plain records carry "type" as a tag, an example need not.
 _plain: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 _example = msgspec.json.Decoder(Example)
@@ -161,7 +163,7 @@ def _tagged(value: bytes) -> Record:
 def checked(record: Record) -> Event:
     """The event of a record whose parts fit together, else `ContractError`."""
     try:
-        check_adapter(record.adapter)
+        _check_adapter(record.adapter)
     except BadInput as error:
         raise ContractError("adapter", error.message) from error
     if isinstance(record, Example):
@@ -175,22 +177,24 @@ def checked(record: Record) -> Event:
         raise ContractError("invalid", "The completion is empty.")
     elif (record.prompt is UNSET) == (record.messages is UNSET):
         raise ContractError("invalid", "An interaction needs prompt or messages, one of them.")
-    named = [record.subject] if isinstance(record.subject, str) else record.subject
-    return Event(record, tuple(sorted({name for name in named if name})))
+    subject = record.subject
+    if isinstance(subject, str):  # nearly always
+        return Event(record, (subject,) if subject else ())
+    return Event(record, tuple(sorted({name for name in subject if name})))
 
 
 def _check_example(record: Example) -> None:
-    pair = (record.prompt is not UNSET, record.completion is not UNSET)
-    forms = (pair == (True, True)) + (record.messages is not UNSET) + (record.text is not UNSET)
-    if forms != 1 or pair in ((True, False), (False, True)):
+    prompt, completion, messages, text = record.prompt, record.completion, record.messages, record.text
+    forms = (completion is not UNSET) + (messages is not UNSET) + (text is not UNSET)
+    if forms != 1 or (prompt is UNSET) != (completion is UNSET):
         raise ContractError("invalid", "An example needs prompt and completion, or messages, or text: one of them.")
-    if pair[1] and not str(record.completion).strip():
-        raise ContractError("invalid", "The completion is empty.")
-    if record.text is not UNSET and not str(record.text).strip():
-        raise ContractError("invalid", "The text is empty.")
-    if record.messages is not UNSET and not any(
-        message.role == "assistant" and message.content.strip() for message in record.messages or ()
-    ):
+    if isinstance(completion, str):
+        if not completion.strip():
+            raise ContractError("invalid", "The completion is empty.")
+    elif isinstance(text, str):
+        if not text.strip():
+            raise ContractError("invalid", "The text is empty.")
+    elif not any(message.role == "assistant" and message.content.strip() for message in messages or ()):
         raise ContractError("invalid", "The messages hold no assistant turn to learn.")
 
 

@@ -1,9 +1,7 @@
 """The object store: segment payloads, weights and trainer state, on a folder, S3, GCS or Azure (through obstore)."""
 
 import contextlib
-import os
 import re
-import secrets
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from . import durable
 from .errors import BadInput, NotFound, Unavailable
+
+_TOGETHER = 8  # from so many files on they wait for the disk together
 
 
 class ObjectStore:
@@ -23,11 +24,13 @@ class ObjectStore:
 
         self.url = url
         self._folder: Path | None = None
+        self._flushes = False
         self._threads: ThreadPoolExecutor | None = None
         try:
             if url.startswith("file://"):
                 self._folder = Path(url.removeprefix("file://"))
                 self._folder.mkdir(parents=True, exist_ok=True)
+                self._flushes = durable.can_flush(self._folder)
                 self._store: Any = obstore.store.LocalStore(self._folder, automatic_cleanup=True)
             else:
                 self._store = obstore.store.from_url(url)
@@ -43,50 +46,28 @@ class ObjectStore:
     def put_all(self, objects: Mapping[str, bytes]) -> None:
         """Write several objects at once; all are durable on return."""
         write = self._put_in_folder if self._folder is not None else self._put_remote
-        if len(objects) == 1:
-            folders = [write(*pair) for pair in objects.items()]
+        if self._flushes and len(objects) >= _TOGETHER:
+            self._put_together(objects)
+        elif len(objects) == 1:
+            write(*next(iter(objects.items())))
         else:
             if self._threads is None:  # they wait for the disk or the network, each on its own
                 self._threads = ThreadPoolExecutor(8, "store")
-            folders = list(self._threads.map(write, objects.keys(), objects.values()))
-        for folder in {folder for folder in folders if folder is not None}:
-            self._call("write", "", lambda _, folder=folder: _sync(folder))
+            list(self._threads.map(write, objects.keys(), objects.values()))
 
     def _put_remote(self, key: str, data: bytes) -> None:
         self._call("write", key, lambda obs: obs.put(self._store, key, data))
 
-    def _put_in_folder(self, key: str, data: bytes) -> Path:
+    def _put_in_folder(self, key: str, data: bytes) -> None:
         """obstore leaves a folder's files to the kernel's leisure; a ledger must not name what a power cut takes."""
         assert self._folder is not None
-        root, path = self._folder, self._folder / key
+        path = self._folder / key
+        self._call("write", key, lambda _: durable.write(path, data))
 
-        def write(_: Any) -> Path:
-            while True:
-                if not path.parent.is_dir():
-                    try:
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                    except FileExistsError:
-                        if path.parent.exists() and not path.parent.is_dir():
-                            raise
-                        continue  # made and removed again by others, between two looks at it
-                    for made in path.parents[1 : len(path.parents) - len(root.parents)]:
-                        _sync(made)
-                draft = f"{path}#{secrets.randbits(63)}"  # a form that listing passes over
-                try:
-                    with open(draft, "xb") as file:  # not a Path: there are thousands a second
-                        file.write(data)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    os.rename(draft, path)
-                    return path.parent
-                except FileNotFoundError:
-                    continue  # a delete has just removed the empty folder
-                except BaseException:
-                    Path(draft).unlink(missing_ok=True)
-                    raise
-
-        written: Path = self._call("write", key, write)
-        return written
+    def _put_together(self, objects: Mapping[str, bytes]) -> None:
+        assert self._folder is not None
+        root, files = self._folder, {self._folder / _checked(key): data for key, data in objects.items()}
+        self._call("write", f"{len(files)} objects", lambda _: durable.write_together(root, files))
 
     def create(self, key: str, data: bytes) -> bool:
         """Write `data` only if the key is new: False when somebody else has written it."""
@@ -140,8 +121,7 @@ class ObjectStore:
         import obstore
         from obstore.exceptions import AlreadyExistsError, BaseError
 
-        if ".." in key.split("/") or key.startswith("/"):
-            raise BadInput(f"{key!r} is not a key.", "Keys are relative paths without '..'.")
+        _checked(key)
         try:
             return action(obstore)
         except FileNotFoundError as error:  # obstore's NotFoundError is one
@@ -154,15 +134,10 @@ class ObjectStore:
             ) from error
 
 
-def _sync(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return  # with all that was in it
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _checked(key: str) -> str:
+    if ".." in key.split("/") or key.startswith("/"):
+        raise BadInput(f"{key!r} is not a key.", "Keys are relative paths without '..'.")
+    return key
 
 
 def weights_key(digest: str) -> str:

@@ -32,7 +32,7 @@ UNUSED = "unused"  # feedback that leaves nothing to learn
 _NOWHERE: Mapping[Where, int] = MappingProxyType({})
 
 
-class OpenEntry(Struct):
+class OpenEntry(Struct, gc=False):
     """An admitted event that no segment holds yet. `content` is None for a tombstone.
 
     (`where`, `offset`) is its identity; `partner` is the place of the other event that a joined entry was made of.
@@ -173,10 +173,11 @@ class Admission:
 
     def admit(self, item: Item, at: float) -> str:
         """Decide an example that arrived at `at` (seconds, any clock that only rises)."""
-        if item.offset < self._decided.get(item.where, 0):
+        where = item.where
+        if item.offset < self._decided.get(where, 0):
             return REDELIVERED
-        self._decided[item.where] = item.offset + 1
-        return self._enter(OpenEntry(item.where, item.offset, item.event, item.subjects, item.content, "", at))
+        self._decided[where] = item.offset + 1
+        return self._enter(OpenEntry(where, item.offset, item.event, item.subjects, item.content, "", at))
 
     def join(self, item: Item, at: float, age: float) -> list[str]:
         """Decide an interaction or feedback that was `age` seconds old on arrival: an entry for each pair it makes."""
@@ -244,18 +245,21 @@ class Admission:
             if len(self._window) > 2 * self._dedupe + 1024:
                 oldest = index - self._dedupe
                 self._window = {held: known for held, known in self._window.items() if known >= oldest}
-        if self._is_barred(entry):
+        if (self.suppressed or entry.written_by) and self._is_barred(entry):
             entry.content = None
         self.open.append(entry)
         self._hold(entry)
-        self._pass([(entry.where, entry.offset), *entry.copies.items()])
+        self._pass(entry.where, entry.offset)
+        for where, offset in entry.copies.items():
+            self._pass(where, offset)
         return SUPPRESSED if entry.content is None else ADMITTED
 
     def _copy(self, known: OpenEntry, entry: OpenEntry) -> None:
         """Keep an open entry's duplicate readable and undecided for as long as the entry is open."""
         known.copies = _lowest([(entry.where, entry.offset), *entry.copies.items()], known.copies)
         known.partners = _lowest([*([entry.partner] if entry.partner else ()), *entry.partners.items()], known.partners)
-        self._pass([(entry.where, entry.offset), *entry.copies.items()])
+        for where, offset in [(entry.where, entry.offset), *entry.copies.items()]:
+            self._pass(where, offset)
         self._hold(known)
 
     def _meet_again(self, item: Item) -> None:
@@ -269,17 +273,17 @@ class Admission:
             entry.copies = _lowest([place], entry.copies)
             self._hold(entry)
         if pairs:
-            self._pass([place])
+            self._pass(*place)
 
-    def _pass(self, places: Iterable[tuple[Where, int]]) -> None:
-        for where, offset in places:
-            if offset <= self._last.get(where, -1):
-                self._ordered = False
-            self._last[where] = offset
+    def _pass(self, where: Where, offset: int) -> None:
+        if offset <= self._last.get(where, -1):
+            self._ordered = False
+        self._last[where] = offset
 
     def _hold(self, entry: OpenEntry) -> None:
-        if entry.offset < self._first.setdefault(entry.where, entry.offset):
-            self._first[entry.where] = entry.offset
+        where, offset = entry.where, entry.offset
+        if offset < self._first.setdefault(where, offset):
+            self._first[where] = offset
         if entry.partner is not None or entry.copies:
             others = (entry.partner,) if entry.partner else ()
             self._first = _lowest([*others, *entry.copies.items(), *entry.partners.items()], self._first)

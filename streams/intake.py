@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from riverdelta.core.events import ContractError, Event, Feedback, Interaction, content_of, decode
+from riverdelta.core.events import ContractError, Event, Example, Feedback, Interaction, content_of, decode
 from riverdelta.core.keys import SubjectKey
 
-from .items import DeadLetter, Headers, Item, Parcel, Raw, Where, bucket_of
+from .items import EXAMPLE, DeadLetter, Headers, Item, Parcel, Raw, Where, bucket_of
 
 # One Kafka record: partition, offset, timestamp in milliseconds, key, value, headers.
 Record = tuple[int, int, int, bytes | None, bytes | None, Headers]
@@ -38,8 +38,9 @@ class Intake:
         run = read.run
         parcels = [Parcel(number, read.number, read.reached, [], []) for number in range(self._buckets)]
         wheres: dict[int, Where] = {}
+        owners, owner, item = self._owners, self._owner, self.item
         for partition, offset, timestamp, key, value, headers in read.records:
-            where = wheres.setdefault(partition, (run, partition))
+            where = wheres.get(partition) or wheres.setdefault(partition, (run, partition))
             raw = Raw(key, value, headers)
             try:
                 event = decode(value, headers)
@@ -47,21 +48,26 @@ class Intake:
                 letter = DeadLetter(raw, where, offset, error.reason, error.message)
                 parcels[partition % self._buckets].dead.append(letter)
             else:
-                parcels[self._owner(event.adapter)].items.append(self.item(event, where, offset, timestamp, raw))
+                name = event.record.adapter
+                bucket = owners.get(name)
+                parcels[owner(name) if bucket is None else bucket].items.append(
+                    item(event, where, offset, timestamp, raw)
+                )
         return [(str(parcel.bucket), parcel) for parcel in parcels]
 
     def item(self, event: Event, where: Where, offset: int, timestamp: int, raw: Raw) -> Item:
         """An event with its names hashed."""
         record = event.record
-        subjects = tuple(sorted(map(self._key.subject, event.subjects))) if event.subjects else ()
+        key, names = self._key, event.subjects
+        subjects = (key.subject(names[0]),) if len(names) == 1 else tuple(sorted(map(key.subject, names)))
         content = content_of(record)
-        if isinstance(record, (Interaction, Feedback)):
-            response = self._key.event("\0response", record.response)
-            identity = self._lesson(record) if isinstance(record, Feedback) else b""
-            digest = record.digest if isinstance(record, Interaction) else ""
-        else:
-            response, digest = b"", ""
-            identity = self._key.event(record.source, record.id) if record.id else b""
+        if isinstance(record, Example):  # nearly all of them
+            identity = key.event(record.source, record.id) if record.id else b""
+            logged = timestamp / 1000
+            return Item(EXAMPLE, record.adapter, where, offset, identity, subjects, content, raw, b"", "", logged)
+        response = key.event("\0response", record.response)
+        identity = self._lesson(record) if isinstance(record, Feedback) else b""
+        digest = record.digest if isinstance(record, Interaction) else ""
         return Item(
             event.kind,
             event.adapter,

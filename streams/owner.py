@@ -15,7 +15,7 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry.ledger import AdapterRecord, Ledger
 
-from .admission import CURATED, Admission
+from .admission import ADMITTED, CURATED, Admission
 from .items import EXAMPLE, FEEDBACK, DeadLetter, Item, Parcel, Where
 from .joining import Joins
 
@@ -100,7 +100,7 @@ class Owner:
     def _admit(self, bucket: Bucket, items: list[Item], at: float) -> None:
         refused: dict[str, tuple[str, str]] = {}
         confirmed: set[str] = set()
-        states, tally, recorded = bucket.adapters, self.tally, bucket.recorded
+        states, busy, tally, recorded, used = bucket.adapters, bucket.busy, self.tally, bucket.recorded, self._used
         wall = time.time()
         for item in items:
             if item.offset < recorded.get(item.where, 0):
@@ -108,29 +108,40 @@ class Owner:
             name = item.adapter
             state = states.get(name)
             if state is None:
-                if name not in refused:
-                    try:
-                        state = states[name] = self._read(partial(self.load, name, create=True))
-                    except (NotFound, Refused) as error:
-                        reason = "unknown_adapter" if isinstance(error, NotFound) else "adapter_cap"
-                        refused[name] = (reason, error.message)
+                state = self._loaded(states, item, refused)
                 if state is None:
-                    if item.raw is not None:
-                        self.dead.append(DeadLetter(item.raw, item.where, item.offset, *refused[name]))
                     continue
-            if name not in confirmed and self._may_be_barred(state, item):
+            if (state.suppressed or item.digest) and name not in confirmed and self._may_be_barred(state, item):
                 self._read(partial(self.refresh, state))  # it may have been allowed again since
                 confirmed.add(name)
-            bucket.busy[name] = state
-            self._used[name] = at
+            busy[name] = state
+            used[name] = at
             if item.kind == EXAMPLE:
-                verdicts = [state.admit(item, at)]
-            else:
-                verdicts = state.join(item, at, max(0.0, wall - item.logged) if item.logged > 0 else 0.0)
-            for verdict in verdicts:
+                verdict = state.admit(item, at)
+                tally[verdict] += 1
+                if verdict != ADMITTED and verdict.startswith(CURATED):
+                    self._sample(item, verdict)
+                continue
+            for verdict in state.join(item, at, max(0.0, wall - item.logged) if item.logged > 0 else 0.0):
                 tally[verdict] += 1
                 if verdict.startswith(CURATED):
                     self._sample(item, verdict)
+
+    def _loaded(
+        self, states: dict[str, Admission], item: Item, refused: dict[str, tuple[str, str]]
+    ) -> Admission | None:
+        """The adapter of an item, read from the ledger; None, and a dead letter, where there is none to be had."""
+        name = item.adapter
+        if name not in refused:
+            try:
+                state = states[name] = self._read(partial(self.load, name, create=True))
+                return state
+            except (NotFound, Refused) as error:
+                reason = "unknown_adapter" if isinstance(error, NotFound) else "adapter_cap"
+                refused[name] = (reason, error.message)
+        if item.raw is not None:
+            self.dead.append(DeadLetter(item.raw, item.where, item.offset, *refused[name]))
+        return None
 
     def _sample(self, item: Item, verdict: str) -> None:
         """Tell of the first event that a rule drops, and of every thousandth, where in Kafka it lies."""

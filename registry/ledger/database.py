@@ -22,6 +22,17 @@ _BUSY_SECONDS = 30.0  # that a transaction waits for another's lock (SQLite)
 _TRY_AGAIN_SECONDS = 0.001
 
 
+def upsert(table: sa.Table, value: str) -> dict[bool, sa.Insert]:
+    """What inserts rows, and where their keys exist replaces one value: for SQLite (True) and PostgreSQL, to be built
+    once."""
+    made: dict[bool, sa.Insert] = {}
+    for on_sqlite, dialect in ((True, sqlite), (False, postgresql)):
+        insert: Any = dialect.insert(table)
+        keys = [column.name for column in table.primary_key]
+        made[on_sqlite] = insert.on_conflict_do_update(index_elements=keys, set_={value: insert.excluded[value]})
+    return made
+
+
 class Database:
     """An SQLAlchemy engine with two kinds of transaction: `write` (serialised on SQLite) and `read`."""
 

@@ -16,7 +16,7 @@ from riverdelta.core.times import now
 from . import decisions
 from . import tables as t
 from .claims import Claims
-from .database import Database
+from .database import Database, upsert
 from .decisions import Change
 from .forgetting import Forgetting
 from .records import AdapterRecord, Cause, Fact, Gap, Hand, Manifest, Outcome, PartRecord, SegmentRecord, VersionRecord
@@ -41,6 +41,9 @@ class Increment:
     parts: tuple[PartRecord, ...] = ()
     withheld: str = ""
     token: int = 0
+
+
+_MOVE_POSITIONS = upsert(t.positions, "next_offset")
 
 
 @dataclass(frozen=True)
@@ -160,10 +163,12 @@ class Ledger(Sealing, Claims, Forgetting):
 
     def move_positions(self, moves: Mapping[tuple[str, int, int], int]) -> None:
         """Record from where a restarted dataflow must read again, by (incarnation, partition, bucket of adapters)."""
+        rows = [
+            {"incarnation": incarnation, "partition": partition, "bucket": bucket, "next_offset": to}
+            for (incarnation, partition, bucket), to in sorted(moves.items())
+        ]
         with self.db.write() as c:
-            for incarnation, partition, bucket in sorted(moves):
-                key = {"incarnation": incarnation, "partition": partition, "bucket": bucket}
-                self.db.put(c, t.positions, key, {"next_offset": moves[incarnation, partition, bucket]})
+            c.execute(_MOVE_POSITIONS[self.db.sqlite], rows)
 
     def positions(self, incarnation: str) -> dict[tuple[int, int], int]:
         """Per (partition, bucket), the recorded position."""

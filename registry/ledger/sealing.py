@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from riverdelta.core.errors import Conflict, NotFound, StaleEpoch
 from riverdelta.core.times import now
 
 from . import decisions
 from . import tables as t
+from .database import upsert
 from .journal import Journal, chunks, fact_rows
 from .records import AdapterRecord, Cause, Manifest, Outcome, SegmentRecord
 from .rows import adapter_of
@@ -26,17 +26,7 @@ _MOVE_HEADS = (
     .where(t.adapters.c.name == sa.bindparam("of"), t.adapters.c.head == sa.bindparam("was"))
     .values(head=sa.bindparam("to"), next_index=sa.bindparam("index"), next_segment=sa.bindparam("segment"))
 )
-
-
-def _move_consumed(dialect: Any) -> sa.Insert:
-    insert: Any = dialect.insert(t.consumed)
-    moved: sa.Insert = insert.on_conflict_do_update(
-        index_elements=["adapter", "incarnation", "partition"], set_={"next_offset": insert.excluded.next_offset}
-    )
-    return moved
-
-
-_MOVE_CONSUMED = {True: _move_consumed(sqlite), False: _move_consumed(postgresql)}
+_MOVE_CONSUMED = upsert(t.consumed, "next_offset")
 
 
 @dataclass(frozen=True)
@@ -167,12 +157,12 @@ class _Batch:
                 f"There is no adapter {seal.adapter[:80]}.", "`riverdelta registry list` shows those there are."
             )
         entries = seal.manifest.entries
-        if any(entry.written_by in self.revoked and not entry.tombstone for entry in entries):
+        if self.revoked and any(entry.written_by in self.revoked and not entry.tombstone for entry in entries):
             raise StaleEpoch(
                 f"A segment of {head.name} holds what a version wrote that is revoked since.",
                 "Suppress again, then seal.",
             )
-        tombstones = sum(entry.tombstone for entry in entries)
+        tombstones = [entry.tombstone for entry in entries].count(True)
         packed = seal.manifest.pack()
         change = decisions.decide_seal(
             head,

@@ -48,6 +48,17 @@ def test_one_of_many_creates(store: ObjectStore) -> None:
     assert len(won) == 16
 
 
+def test_many_at_once_are_written_or_leave_no_drafts(store: ObjectStore, tmp_path: Path) -> None:
+    store.put_all({f"many/{number}/x": bytes([number]) for number in range(20)})
+    assert [store.get(f"many/{number}/x") for number in range(20)] == [bytes([number]) for number in range(20)]
+    (tmp_path / "store" / "file").write_text("no folder")
+    with pytest.raises(Unavailable):
+        store.put_all({**{f"more/{number}/x": b"x" for number in range(20)}, "file/x": b"x"})
+    assert not list((tmp_path / "store").rglob("*#*"))
+    with pytest.raises(BadInput):
+        store.put_all({f"{'../' * number}x": b"x" for number in range(20)})
+
+
 def test_deletes_do_not_take_a_folder_from_a_writer(store: ObjectStore) -> None:
     broken: list[BaseException] = []
 
