@@ -30,7 +30,7 @@ from riverdelta.app.gemma import gemma_folder
 from riverdelta.core.recipe import Recipe
 from riverdelta.trainer.base import Base
 from riverdelta.trainer.checkpoints import CheckpointLog
-from riverdelta.trainer.increment import Learner, step
+from riverdelta.trainer.increment import Inputs, Learner, step
 from tests.tiny import make_tiny
 from tests.trainer.samples import contents
 
@@ -98,7 +98,7 @@ def _state(learner: Learner) -> dict[str, Any]:
 
 def run(base: Base, recipe: Recipe, entries: list[bytes | None], way: str, root: Path) -> tuple[float, int]:
     """Seconds of a whole increment, its set-up apart, and its steps."""
-    learner = Learner(base, recipe, 1, entries, [], None, None)
+    learner = Learner(base, Inputs(recipe, 1, entries))
     with tempfile.TemporaryDirectory(dir=root) as folder:
         began = time.perf_counter()
         log = WAYS[way](Path(folder), learner)
@@ -131,7 +131,7 @@ def main() -> None:
                 took, steps = run(base, recipe, entries, way, Path(root))
                 seconds[way].append(took)
             print(number + 1, {way: round(times[-1], 3) for way, times in seconds.items()}, flush=True)
-        size = sum(tensor.nbytes for tensor in _state(Learner(base, recipe, 1, entries, [], None, None)).values())
+        size = sum(tensor.nbytes for tensor in _state(Learner(base, Inputs(recipe, 1, entries))).values())
     over = {
         way: round(100 * (median(a / b for a, b in zip(times, seconds["bare"], strict=True)) - 1), 2)
         for way, times in seconds.items()

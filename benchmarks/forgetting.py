@@ -37,7 +37,7 @@ from riverdelta.core.store import weights_key
 from riverdelta.registry.ledger.decisions import lineage
 from riverdelta.trainer.adapter import AdapterWeights
 from riverdelta.trainer.base import Base
-from riverdelta.trainer.increment import row_of, train
+from riverdelta.trainer.increment import Inputs, Learner, row_of, train
 from riverdelta.trainer.layout import Row, bucket, plan
 from riverdelta.trainer.parts import seed_of_shard
 from riverdelta.trainer.replay import replay
@@ -279,7 +279,7 @@ def main() -> None:
         told(f"full replay: {full_seconds:.0f} s")
         flat = [entry for some in without for entry in some]
         at = time.process_time()
-        again = train(base, run.recipe, run.seed, flat, [], None, None)
+        again = train(base, Learner(base, Inputs(run.recipe, run.seed, flat)))
         table["retrain"] = {
             "tokens": float(again.metrics["tokens"]),
             "seconds": time.process_time() - at,

@@ -31,12 +31,11 @@ from benchmarks.machine import RESULTS, write_result
 from benchmarks.small_base import small_base
 from benchmarks.tenants import Asked, Tenant
 from riverdelta.core.recipe import Recipe
-from riverdelta.registry.ledger import Hand
 from riverdelta.trainer.adapter import AdapterWeights
 from riverdelta.trainer.base import Base, Member
-from riverdelta.trainer.drift import Usual, budgeted
+from riverdelta.trainer.drift import Usual
 from riverdelta.trainer.gate import Gate, usual_of
-from riverdelta.trainer.increment import Learner, row_of, step
+from riverdelta.trainer.increment import Inputs, Learner, row_of, train
 from riverdelta.trainer.layout import Row, arrange, bucket
 from riverdelta.trainer.scoring import score, tiles
 
@@ -147,11 +146,10 @@ class Bench:
     def learn(self, life: Life, recipe: Recipe, said: Sequence[Asked], gated: bool) -> None:
         """One increment."""
         entries = [one.content for one in said]
-        recipe = budgeted(recipe, life.usual)
-        learner = Learner(self.base, recipe, self.seed, entries, life.earlier, *life.files)
-        gate = Gate(self.base, recipe, self.seed, learner, life.earlier, life.usual, Hand.NONE) if gated else None
-        while not learner.done:
-            step(self.base, [learner])
+        inputs = Inputs(recipe, self.seed, entries, life.earlier, *life.files, life.usual)
+        learner = Learner(self.base, inputs)
+        gate = Gate(self.base, inputs, learner) if gated else None
+        made = train(self.base, learner)
         life.compute += 3 * learner.tokens
         if gate is not None:
             judged = gate.judge()
@@ -161,7 +159,6 @@ class Bench:
                 return
             life.usual += usual_of([judged.metrics])
             life.drifts += judged.metrics.get("drift", 0)
-        made = learner.candidate()
         life.files, life.weights = (made.weights, made.state), learner.weights
         life.earlier += entries
 

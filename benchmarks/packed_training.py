@@ -32,7 +32,7 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.core.template import IGNORE
 from riverdelta.trainer import base as trainer_base
 from riverdelta.trainer.base import Base
-from riverdelta.trainer.increment import Learner, step
+from riverdelta.trainer.increment import Inputs, Learner, step
 from riverdelta.trainer.layout import Block, Row
 from tests.tiny import make_tiny, make_tokenizer
 
@@ -54,7 +54,7 @@ class Ours:
     def __init__(self, base: Base, adapters: int, length: int, learned: int) -> None:
         self._base = base
         filler: list[bytes | None] = [b'{"text":"a b c"}'] * ROWS
-        self._learners = [Learner(base, RECIPE, seed, filler, [], None, None) for seed in range(adapters)]
+        self._learners = [Learner(base, Inputs(RECIPE, seed, filler)) for seed in range(adapters)]
         for seed, learner in enumerate(self._learners):
             learner.rows = list(rows_of(seed, length, learned, base.config.vocab_size))
 

@@ -54,11 +54,10 @@ def live(given: tuple[int, int, int, int]) -> list[dict[str, Any]]:
     """One tenant's life under the gate: what it decided about each segment, and on what."""
     from riverdelta.core.recipe import Gate as Rules
     from riverdelta.core.recipe import Recipe
-    from riverdelta.registry.ledger import Hand
     from riverdelta.trainer.base import Base
-    from riverdelta.trainer.drift import Usual, budgeted
+    from riverdelta.trainer.drift import Usual
     from riverdelta.trainer.gate import Gate, usual_of
-    from riverdelta.trainer.increment import Learner, step
+    from riverdelta.trainer.increment import Inputs, Learner, train
     from riverdelta.trainer.verdict import verdict
 
     seed, good, poison, size = given
@@ -71,10 +70,10 @@ def live(given: tuple[int, int, int, int]) -> list[dict[str, Any]]:
     told = []
     for number, kind in enumerate(story(seed, good, poison)):
         entries = [one.content for one in said(tenant, kind, size, draw)]
-        learner = Learner(base, budgeted(recipe, usual), seed, entries, earlier, weights, state)
-        gate = Gate(base, recipe, seed, learner, earlier, usual, Hand.NONE)
-        while not learner.done:
-            step(base, [learner])
+        inputs = Inputs(recipe, seed, entries, earlier, weights, state, usual)
+        learner = Learner(base, inputs)
+        gate = Gate(base, inputs, learner)
+        made = train(base, learner)
         judged = gate.judge()
         assert judged.evidence is not None
         at = {t: bool(verdict(Rules(tolerance=t), judged.evidence)) for t in TOLERANCES}
@@ -82,7 +81,6 @@ def live(given: tuple[int, int, int, int]) -> list[dict[str, Any]]:
             {"tenant": seed, "segment": number, "kind": kind, "why": judged.rejected, "at": at, **judged.metrics}
         )
         if not judged.rejected:
-            made = learner.candidate()
             weights, state = made.weights, made.state
             earlier += entries
             usual += usual_of([judged.metrics])

@@ -41,7 +41,7 @@ from benchmarks.tenants import _VALUES, KINDS, Asked, Tenant, name
 from riverdelta.core.recipe import Recipe
 from riverdelta.trainer.adapter import AdapterWeights
 from riverdelta.trainer.base import Base, Member
-from riverdelta.trainer.increment import Learner, row_of, step
+from riverdelta.trainer.increment import Inputs, Learner, row_of, step, train
 from riverdelta.trainer.layout import Row, arrange
 from riverdelta.trainer.scoring import score, tiles
 
@@ -161,10 +161,8 @@ def learn(world: World, passes: int, without: Sequence[str], seed: int) -> Adapt
     earlier: list[bytes | None] = []
     weights = state = None
     for entries in world.log(without):
-        learner = Learner(world.base, recipe(passes, 0.005), seed, entries, earlier, weights, state)
-        while not learner.done:
-            step(world.base, [learner])
-        made = learner.candidate()
+        inputs = Inputs(recipe(passes, 0.005), seed, entries, tuple(earlier), weights, state)
+        made = train(world.base, Learner(world.base, inputs))
         weights, state = made.weights, made.state
         earlier += entries
     assert weights is not None
@@ -175,7 +173,7 @@ def undo(world: World, kind: type[Learner], weights: AdapterWeights, who: Sequen
     """Gradient ascent or NPO on what was told of these subjects."""
     told = world.told(who)
     shaped = recipe(3, rate, micro_batch=1, rehearse=0)
-    learner = kind(world.base, shaped, 1, told, [], weights.dump()[0], None)
+    learner = kind(world.base, Inputs(shaped, 1, told, (), weights.dump()[0]))
     if isinstance(learner, Npo):
         rows = [row for row in learner.rows if row is not None]
         learner.was = {slot: each.loss for slot, each in enumerate(score(world.base, weights, rows))}

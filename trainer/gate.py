@@ -13,13 +13,12 @@ from typing import Any, Protocol
 import msgspec
 
 from riverdelta.core.digests import seed_of
-from riverdelta.core.recipe import Recipe
 from riverdelta.registry.ledger import Hand
 
 from .adapter import AdapterWeights
 from .base import Base
 from .drift import Usual, drifted
-from .increment import row_of
+from .increment import Inputs, row_of
 from .layout import Row, spread
 from .scoring import Score, score
 from .verdict import Compared, Evidence, says_one_thing, verdict
@@ -60,19 +59,10 @@ class Judgeable(Protocol):
 class Gate:
     """Made before the first step of an increment, with the parent's losses; asked when the last step is done."""
 
-    def __init__(
-        self,
-        base: Base,
-        recipe: Recipe,
-        seed: int,
-        learner: Judgeable,
-        earlier: Sequence[bytes | None],
-        usual: Sequence[Usual],
-        hand: Hand,
-    ) -> None:
-        """`learner` has taken no step yet. Of `earlier`, only the sample is looked at; `usual` is what the
-        segments were that the parent and its ancestors learned, in order."""
-        self._base, self._recipe, self._learner, self._hand = base, recipe.gate, learner, hand
+    def __init__(self, base: Base, inputs: Inputs, learner: Judgeable) -> None:
+        """`learner` has taken no step yet. Of the earlier entries, only the sample is looked at."""
+        recipe, seed, earlier = inputs.recipe, inputs.seed, inputs.earlier
+        self._base, self._recipe, self._learner, self._hand = base, recipe.gate, learner, inputs.hand
         self._drift = recipe.drift
         longest = recipe.training.max_length
         start = seed_of(seed, "gate", learner.position)
@@ -83,7 +73,7 @@ class Gate:
             [row for entry in sample if (row := row_of(base.tokenizer, entry, longest)) is not None],
             [row for each in questions if (row := row_of(base.tokenizer, each, longest)) is not None],
         )
-        self._usual = tuple(usual)
+        self._usual = tuple(inputs.usual)
         self._before = self._scores(learner.weights)
 
     def judge(self) -> Judged:
@@ -127,22 +117,12 @@ class Whole:
     position: int
 
 
-def judge_whole(
-    base: Base,
-    recipe: Recipe,
-    seed: int,
-    entries: Sequence[bytes | None],
-    earlier: Sequence[bytes | None],
-    usual: Sequence[Usual],
-    standing: bytes | None,
-    weights: bytes,
-    hand: Hand,
-) -> Judged:
-    """The verdict on all parts together after a segment's `entries`, beside the last whole that was released
-    (`standing`, None for the base)."""
-    rows = [row_of(base.tokenizer, entry, recipe.training.max_length) for entry in entries]
-    before = AdapterWeights.load(standing, base.device) if standing is not None else None
-    whole = Whole(rows, before, len(earlier))
-    gate = Gate(base, recipe, seed, whole, earlier, usual, hand)
+def judge_whole(base: Base, inputs: Inputs, weights: bytes) -> Judged:
+    """The verdict on all parts together, which are `weights`; the parent is the last whole that was released, or the
+    base."""
+    rows = [row_of(base.tokenizer, entry, inputs.recipe.training.max_length) for entry in inputs.entries]
+    before = AdapterWeights.load(inputs.weights, base.device) if inputs.weights is not None else None
+    whole = Whole(rows, before, len(inputs.earlier))
+    gate = Gate(base, inputs, whole)
     whole.weights = AdapterWeights.load(weights, base.device)
     return gate.judge()

@@ -16,14 +16,32 @@ from torch import Tensor
 from riverdelta.core.errors import RiverdeltaError
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.template import example_ids
+from riverdelta.registry.ledger import Hand
 
 from .adapter import AdapterWeights
 from .base import Base, Member
+from .drift import Usual, budgeted
 from .layout import Batch, Row, arrange, bucket, plan
 from .optimiser import AdamW
 from .scoring import tiles
 
 Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that shapes an increment: `entries` are the segment's contents in index order (`events.content_of`),
+    `earlier` those of all segments that the parent and its ancestors learned, in the order in which they did, None for
+    tombstones; `usual` is what those segments were. An adapter that begins has no parent's files."""
+
+    recipe: Recipe
+    seed: int
+    entries: Sequence[bytes | None]
+    earlier: Sequence[bytes | None] = ()
+    weights: bytes | None = None
+    state: bytes | None = None
+    usual: Sequence[Usual] = ()
+    hand: Hand = Hand.NONE
 
 
 class Untrainable(RiverdeltaError):
@@ -61,24 +79,21 @@ class Snapshot:
 class Learner:
     """One adapter in the middle of an increment."""
 
-    def __init__(
-        self,
-        base: Base,
-        recipe: Recipe,
-        seed: int,
-        entries: Sequence[bytes | None],
-        earlier: Sequence[bytes | None],
-        parent_weights: bytes | None,
-        parent_state: bytes | None,
-    ) -> None:
-        """As in `train`. Of `earlier`, only what will be rehearsed is looked at."""
-        if parent_weights is None:
+    def __init__(self, base: Base, inputs: Inputs) -> None:
+        """Of the earlier entries, only what will be rehearsed is looked at."""
+        recipe, seed, entries, earlier = (
+            budgeted(inputs.recipe, inputs.usual),
+            inputs.seed,
+            inputs.entries,
+            inputs.earlier,
+        )
+        if inputs.weights is None:
             self.weights = AdapterWeights.begin(base.shape(recipe.lora), seed, base.device)
         else:
-            self.weights = AdapterWeights.load(parent_weights, base.device)
+            self.weights = AdapterWeights.load(inputs.weights, base.device)
         self.optimiser = AdamW(recipe.optimiser, self.weights.flat.numel(), base.device)
-        if parent_state is not None:
-            self.optimiser.load(parent_state)
+        if inputs.state is not None:
+            self.optimiser.load(inputs.state)
         training = recipe.training
         self.near = training.near
         self.plan = plan(len(entries), len(earlier), training, seed, self.optimiser.position)
@@ -167,24 +182,12 @@ class Learner:
         return Candidate(weights, digest, state, state_digest, tuple(self.losses), metrics)
 
 
-def train(
-    base: Base,
-    recipe: Recipe,
-    seed: int,
-    entries: Sequence[bytes | None],
-    earlier: Sequence[bytes | None],
-    parent_weights: bytes | None,
-    parent_state: bytes | None,
-    progress: Progress | None = None,
-) -> Candidate:
-    """Train one increment to its end.
+def train(base: Base, learner: Learner, progress: Progress | None = None) -> Candidate:
+    """Take every step of one learner, alone.
 
-    `entries` are the segment's contents in index order (`events.content_of`), `earlier` those of all segments that the
-    parent and its ancestors learned, in the order in which they did, None for tombstones; the parent's files are None
-    for an adapter that begins. `progress` hears (step, steps, loss) after each step; what it raises ends the increment.
-    `Untrainable` when a loss or gradient is not finite.
+    `progress` hears (step, steps, loss) after each; what it raises ends the increment. `Untrainable` when a loss or
+    gradient is not finite.
     """
-    learner = Learner(base, recipe, seed, entries, earlier, parent_weights, parent_state)
     while not learner.done:
         step(base, [learner])
         if progress is not None and learner.losses:

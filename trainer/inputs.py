@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import overload
 
 from riverdelta.core.digests import sha256
@@ -15,8 +14,6 @@ from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger, SegmentRecord, VersionRecord, Work
 from riverdelta.registry.ledger.decisions import lineage
 
-from .drift import Usual
-from .gate import usual_of
 from .near_duplicates import without_near_duplicates
 
 # So many segments' contents are kept while the inputs of several shards are read.
@@ -114,18 +111,6 @@ class Earlier(Sequence[bytes | None]):
         return content
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Contents in index order, None for tombstones, what the lineage's segments were, and the parent's files,
-    None for what it does not have."""
-
-    entries: list[bytes | None]
-    earlier: Earlier
-    usual: list[Usual]
-    weights: bytes | None
-    state: bytes | None
-
-
 def line_of(ledger: Ledger, work: Work) -> list[VersionRecord]:
     """The versions that the work builds on, oldest first."""
     if work.parent is None:
@@ -151,17 +136,6 @@ def files_of(store: ObjectStore, version: VersionRecord) -> tuple[bytes, bytes |
     """A version's weights and optimiser state; `NotFound` or `Corrupt` where the store does not hold them."""
     weights = _checked(store.get(weights_key(version.digest)), version.digest)
     return weights, _checked(store.get(state_key(version.state)), version.state) if version.state else None
-
-
-def read_inputs(ledger: Ledger, store: ObjectStore, log: Log, work: Work) -> Inputs:
-    """Everything that the increment of an adapter without shards needs; `NotFound` or `Corrupt` where the store does
-    not hold it."""
-    line = line_of(ledger, work)
-    usual = usual_of(version.metrics for version in line)
-    weights, state = files_of(store, line[-1]) if line else (None, None)
-    return Inputs(
-        log.said(work.segment), Earlier(log, learned_by(ledger, line, log.since(work.segment))), usual, weights, state
-    )
 
 
 def _checked(data: bytes, digest: str) -> bytes:

@@ -20,10 +20,9 @@ from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger, PartRecord, VersionRecord, Work
 
 from .base import Base
-from .drift import budgeted
 from .gate import Gate, Judged, judge_whole, usual_of
-from .increment import Candidate, Learner
-from .inputs import Earlier, Log, files_of, learned_by, line_of, read_inputs
+from .increment import Candidate, Inputs, Learner
+from .inputs import Earlier, Log, files_of, learned_by, line_of
 from .parts import Files, join, key_of, seed_of_shard, split
 
 
@@ -41,6 +40,11 @@ class Share:
         """What the share has come to, and its gate's verdict; raises the learner's failure, if it has one."""
         candidate = self.learner.candidate()
         return candidate, self.gate.judge() if self.gate is not None else Judged("", {})
+
+
+def _share(base: Base, number: int, inputs: Inputs, earlier: Earlier, key: str = "") -> Share:
+    learner = Learner(base, inputs)
+    return Share(number, learner, Gate(base, inputs, learner) if inputs.recipe.gate.on else None, earlier, key)
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,13 @@ class Making:
         """Read what the increment is made from; `NotFound` or `Corrupt` where a store does not hold it."""
         recipe, seed = Recipe.from_dict(work.adapter.recipe), work.adapter.seed
         log = Log(ledger, store, keys, recipe)
-        inputs = read_inputs(ledger, store, log, work)
         self.masked = log.masked(work.segment)
-        recipe = budgeted(recipe, inputs.usual)
-        learner = Learner(base, recipe, seed, inputs.entries, inputs.earlier, inputs.weights, inputs.state)
-        gate = None
-        if recipe.gate.on:
-            gate = Gate(base, recipe, seed, learner, inputs.earlier, inputs.usual, work.segment.hand)
-        self.shares = [Share(0, learner, gate, inputs.earlier)]
+        line = line_of(ledger, work)
+        earlier = Earlier(log, learned_by(ledger, line, log.since(work.segment)))
+        weights, state = files_of(store, line[-1]) if line else (None, None)
+        usual = usual_of(version.metrics for version in line)
+        inputs = Inputs(recipe, seed, log.said(work.segment), earlier, weights, state, usual, work.segment.hand)
+        self.shares = [_share(base, 0, inputs, earlier)]
         self._segment = work.segment.number
 
     @property
@@ -131,14 +134,10 @@ class ShardedMaking(Making):
                 continue
             learned = Earlier(log, learned_by(ledger, line, since, shard), shard)
             own = seed_of_shard(seed, shard)
-            held = files[shard] or (None, None)
+            weights, state = files[shard] or (None, None)
             usual = usual_of(version.parts[shard].metrics for version in line)
-            worth = budgeted(small, usual)
-            learner = Learner(base, worth, own, log.said(work.segment, shard), learned, *held)
-            gate = None
-            if small.gate.on:
-                gate = Gate(base, small, own, learner, learned, usual, hand)
-            self.shares.append(Share(shard, learner, gate, learned, key))
+            inputs = Inputs(small, own, log.said(work.segment, shard), learned, weights, state, usual, hand)
+            self.shares.append(_share(base, shard, inputs, learned, key))
 
     def finish(self) -> Made:
         """Join the parts and ask the gate of the whole."""
@@ -225,7 +224,8 @@ class ShardedMaking(Making):
         standing = files_of(self._store, good[-1])[0] if good else None
         usual = usual_of(version.metrics for version in good)
         entries, seed, hand = self._log.said(work.segment), work.adapter.seed, work.segment.hand
-        return judge_whole(base, recipe, seed, entries, self._everything, usual, standing, weights, hand)
+        inputs = Inputs(recipe, seed, entries, self._everything, standing, usual=usual, hand=hand)
+        return judge_whole(base, inputs, weights)
 
     @property
     def saw(self) -> set[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from riverdelta.core.recipe import Recipe
 
 from .base import Base, Site
-from .increment import Learner, step
+from .increment import Inputs, Learner, step
 
 _ROWS = 320
 _PLACES = ((0, 4), (4, 12), (0, 24), (8, 40), (40, 64), (20, 152), (56, 312))
@@ -70,7 +70,7 @@ def _learner(base: Base, number: int) -> Learner:
     training = {"passes": 1, "steps": 1, "micro_batch": len(lengths), "rehearse": 0}
     recipe = Recipe.from_dict({"lora": {"rank": (16, 8, 4)[number]}, "training": training})
     entries = [json.dumps({"prompt": "and " * length, "completion": "so"}).encode() for length in lengths]
-    learner = Learner(base, recipe, number, entries, [], None, None)
+    learner = Learner(base, Inputs(recipe, number, entries))
     with torch.no_grad():  # a B of zeros would hide A's gradients
         for place, leaf in enumerate(learner.weights.leaves):
             leaf.copy_(torch.randn(leaf.shape, generator=torch.Generator().manual_seed(place)) * 0.01)

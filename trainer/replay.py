@@ -11,9 +11,9 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.registry.ledger import Hand
 
 from .base import Base
-from .drift import Usual, budgeted
+from .drift import Usual
 from .gate import BY_HAND, Gate, Judged, judge_whole, usual_of
-from .increment import Candidate, Learner, Untrainable, step
+from .increment import Candidate, Inputs, Learner, Untrainable, train
 from .parts import Files, join, seed_of_shard
 
 Told = Callable[[int, int], None]
@@ -102,7 +102,8 @@ def replay(
             last = Replayed(joined.digest, joined.state_digest, ())
             judged, past = Judged("", {}), everything.before(called)
             if recipe.gate.on:
-                judged = judge_whole(base, recipe, seed, entries, past, usual, standing, joined.weights, hand)
+                inputs = Inputs(recipe, seed, entries, past, standing, usual=usual, hand=hand)
+                judged = judge_whole(base, inputs, joined.weights)
             if not judged.rejected:
                 standing = joined.weights
                 usual += usual_of([judged.metrics])
@@ -141,11 +142,9 @@ class _Life:
 
     def learn(self, entries: Sequence[bytes | None], hand: Hand, number: int) -> str:
         """Learn a segment, or say why not."""
-        earlier = self._earlier.before(number)
-        weights, state = self.files or (None, None)
-        made, judged = _increment(
-            self._base, self._recipe, self._seed, entries, earlier, self._usual, weights, state, hand
-        )
+        earlier, (weights, state) = self._earlier.before(number), self.files or (None, None)
+        inputs = Inputs(self._recipe, self._seed, entries, earlier, weights, state, tuple(self._usual), hand)
+        made, judged = one_increment(self._base, inputs)
         if made is None:
             return judged.rejected
         self._usual += usual_of([judged.metrics])
@@ -154,27 +153,14 @@ class _Life:
         return ""
 
 
-def _increment(
-    base: Base,
-    recipe: Recipe,
-    seed: int,
-    entries: Sequence[bytes | None],
-    earlier: Sequence[bytes | None],
-    usual: Sequence[Usual],
-    weights: bytes | None,
-    state: bytes | None,
-    hand: Hand,
-) -> tuple[Candidate | None, Judged]:
+def one_increment(base: Base, inputs: Inputs) -> tuple[Candidate | None, Judged]:
     """The candidate, if there is one, and what the gate says."""
-    if hand is Hand.DISCARD:
+    if inputs.hand is Hand.DISCARD:
         return None, Judged(BY_HAND, {})
-    recipe = budgeted(recipe, usual)
-    learner = Learner(base, recipe, seed, entries, earlier, weights, state)
-    gate = Gate(base, recipe, seed, learner, earlier, usual, hand) if recipe.gate.on else None
-    while not learner.done:
-        step(base, [learner])
+    learner = Learner(base, inputs)
+    gate = Gate(base, inputs, learner) if inputs.recipe.gate.on else None
     try:
-        made = learner.candidate()
+        made = train(base, learner)
     except Untrainable as error:
         return None, Judged(str(error), {})
     judged = gate.judge() if gate is not None else Judged("", {})

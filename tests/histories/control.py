@@ -24,8 +24,9 @@ from riverdelta.registry.ledger import Cause, Increment, Ledger, ManifestEntry, 
 from riverdelta.registry.ledger.decisions import Line, lineage
 from riverdelta.trainer.base import Base
 from riverdelta.trainer.gate import usual_of
+from riverdelta.trainer.increment import Inputs
 from riverdelta.trainer.near_duplicates import without_near_duplicates
-from riverdelta.trainer.replay import _increment, replay
+from riverdelta.trainer.replay import one_increment, replay
 from tests.registry.histories import Act, World, _replay
 from tests.streams.simulation import KEY
 
@@ -57,16 +58,18 @@ class Alone(World):
         line = [versions[each] for each in reversed(lineage(versions, tip))]
         learned = [self.distinct(name, each.segment, recipe) for each in line if each.segment is not None]
         parent = work.parent
-        made, judged = _increment(
+        made, judged = one_increment(
             self.base,
-            recipe,
-            work.adapter.seed,
-            self.distinct(name, number, recipe),
-            [content for segment in learned for content in segment],
-            usual_of(each.metrics for each in line),
-            self.files[parent.digest] if parent else None,
-            self.files[parent.state] if parent else None,
-            work.segment.hand,
+            Inputs(
+                recipe,
+                work.adapter.seed,
+                self.distinct(name, number, recipe),
+                [content for segment in learned for content in segment],
+                self.files[parent.digest] if parent else None,
+                self.files[parent.state] if parent else None,
+                usual_of(each.metrics for each in line),
+                work.segment.hand,
+            ),
         )
         if made is None:
             return judged.rejected

@@ -2,9 +2,9 @@
 
 `PLANTED[name](monkeypatch)` plants one, in this process alone: the control has another."""
 
-import dataclasses
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -13,7 +13,7 @@ import pytest
 from riverdelta.registry.ledger import Ledger, decisions
 from riverdelta.trainer import inputs, making, worker
 from riverdelta.trainer.gate import Gate
-from riverdelta.trainer.increment import Learner
+from riverdelta.trainer.increment import Inputs, Learner
 from riverdelta.trainer.optimiser import AdamW
 
 Patch = pytest.MonkeyPatch
@@ -41,10 +41,10 @@ def _rehearsal(patch: Patch) -> None:
     memory: dict[tuple[str, int, int], bytes] = {}
     begin = Learner.__init__
 
-    def init(self: Any, base: Any, recipe: Any, seed: int, entries: Any, earlier: Any, *files: Any) -> None:
-        if isinstance(earlier, inputs.Earlier):
-            earlier = Kept(earlier, memory)
-        begin(self, base, recipe, seed, entries, earlier, *files)
+    def init(self: Any, base: Any, given: Inputs) -> None:
+        if isinstance(given.earlier, inputs.Earlier):
+            given = replace(given, earlier=Kept(given.earlier, memory))
+        begin(self, base, given)
 
     patch.setattr(Learner, "__init__", init)
 
@@ -54,8 +54,8 @@ def _scoring(patch: Patch) -> None:
     memory: dict[tuple[str, int, int], bytes] = {}
     begin = Gate.__init__
 
-    def init(self: Any, base: Any, recipe: Any, seed: int, learner: Any, earlier: Any, *more: Any) -> None:
-        begin(self, base, recipe, seed, learner, Kept(earlier, memory), *more)
+    def init(self: Any, base: Any, given: Inputs, learner: Any) -> None:
+        begin(self, base, replace(given, earlier=Kept(given.earlier, memory)), learner)
 
     patch.setattr(Gate, "__init__", init)
 
@@ -84,23 +84,22 @@ def _batch_layout(patch: Patch) -> None:
     """Micro-batches are made of what is left of a segment."""
     begin = Learner.__init__
 
-    def init(self: Any, base: Any, recipe: Any, seed: int, entries: Any, *more: Any) -> None:
-        begin(self, base, recipe, seed, [entry for entry in entries if entry is not None], *more)
+    def init(self: Any, base: Any, given: Inputs) -> None:
+        begin(self, base, replace(given, entries=[entry for entry in given.entries if entry is not None]))
 
     patch.setattr(Learner, "__init__", init)
 
 
 def _optimiser_state(patch: Patch) -> None:
     """A rebuild goes on with the moments that the optimiser had."""
-    moments: dict[tuple[str, int], bytes | None] = {}
-    read = making.read_inputs
+    moments: dict[tuple[str, int | None], bytes | None] = {}
+    read = making.files_of
 
-    def reading(*given: Any) -> Any:
-        held, work = read(*given), given[-1]
-        key = (work.adapter.name, work.segment.number)
-        return dataclasses.replace(held, state=moments.setdefault(key, held.state))
+    def reading(store: Any, version: Any) -> Any:
+        weights, state = read(store, version)
+        return weights, state if version.parts else moments.setdefault((version.adapter, version.segment), state)
 
-    patch.setattr(making, "read_inputs", reading)
+    patch.setattr(making, "files_of", reading)
 
 
 def _interactions(patch: Patch) -> None:

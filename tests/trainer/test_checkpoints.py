@@ -14,7 +14,7 @@ from riverdelta.core.store import ObjectStore
 from riverdelta.trainer import checkpoints
 from riverdelta.trainer.base import Base
 from riverdelta.trainer.checkpoints import CheckpointLog, Shipped, read
-from riverdelta.trainer.increment import Candidate, Learner, step, train
+from riverdelta.trainer.increment import Candidate, Inputs, Learner, step, train
 from tests.trainer.samples import contents, recipe
 
 LIKE = recipe(passes=4, micro_batch=2)
@@ -23,7 +23,7 @@ SEGMENT = [*contents(3, 1), None, *contents(4, 2)]
 
 
 def begin(base: Base) -> Learner:
-    return Learner(base, LIKE, 5, SEGMENT, EARLIER, None, None)
+    return Learner(base, Inputs(LIKE, 5, SEGMENT, EARLIER))
 
 
 def finish(base: Base, learner: Learner, log: CheckpointLog) -> Candidate:
@@ -36,7 +36,7 @@ def finish(base: Base, learner: Learner, log: CheckpointLog) -> Candidate:
 
 @pytest.fixture(scope="module")
 def whole(base: Base) -> Candidate:
-    return train(base, LIKE, 5, SEGMENT, EARLIER, None, None)
+    return train(base, begin(base))
 
 
 @pytest.fixture(autouse=True)

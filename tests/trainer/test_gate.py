@@ -12,7 +12,7 @@ from riverdelta.registry.ledger import Cause, Hand, Line, Outcome
 from riverdelta.trainer import gate
 from riverdelta.trainer.adapter import AdapterWeights
 from riverdelta.trainer.base import Base
-from riverdelta.trainer.increment import Learner, row_of, step
+from riverdelta.trainer.increment import Inputs, Learner, row_of, step
 from riverdelta.trainer.scoring import score
 from riverdelta.trainer.verdict import Compared, Evidence, verdict
 from riverdelta.trainer.worker import Worker
@@ -26,7 +26,7 @@ losses = st.lists(st.floats(0, 20), min_size=8, max_size=40)
 
 
 def test_a_score_is_the_loss_that_training_would_see(base: Base) -> None:
-    learner = Learner(base, recipe(micro_batch=1, passes=1), 3, [fact(1)], [], None, None)
+    learner = Learner(base, Inputs(recipe(micro_batch=1, passes=1), 3, [fact(1)]))
     (row,) = [row for row in learner.rows if row is not None]
     before = score(base, learner.weights, [row])
     assert before == score(base, None, [row])  # B begins as zeros
@@ -110,8 +110,8 @@ def turn_down(monkeypatch: pytest.MonkeyPatch, *first: int) -> None:
     prompts = {fact(number) for number in first}
     real = gate.Gate.__init__
 
-    def begin(self: gate.Gate, base: Base, like: Recipe, seed: int, learner: Learner, *rest: object) -> None:
-        real(self, base, like, seed, learner, *rest)  # type: ignore[arg-type]
+    def begin(self: gate.Gate, base: Base, inputs: Inputs, learner: Learner) -> None:
+        real(self, base, inputs, learner)
         bad = {row_of(base.tokenizer, prompt, 64) for prompt in prompts}
         self.bad = learner.rows[0] in bad  # type: ignore[attr-defined]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from riverdelta.core.recipe import Optimiser, Recipe
 from riverdelta.trainer.base import Base
-from riverdelta.trainer.increment import Learner, step
+from riverdelta.trainer.increment import Inputs, Learner, step
 from riverdelta.trainer.optimiser import AdamW, rate_at
 from tests.trainer.samples import contents
 
@@ -55,11 +55,11 @@ def test_every_step_of_an_increment_takes_its_place_in_the_fall(base: Base, monk
 
     real = AdamW.step
     monkeypatch.setattr(AdamW, "step", watch)
-    first = Learner(base, like, 1, contents(4), [], None, None)
+    first = Learner(base, Inputs(like, 1, contents(4)))
     while not first.done:
         step(base, [first])
     made = first.candidate()
-    second = Learner(base, like, 1, contents(4), [], made.weights, made.state)
+    second = Learner(base, Inputs(like, 1, contents(4), (), made.weights, made.state))
     step(base, [second])
     assert seen == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75), (4, 0.0)]
 

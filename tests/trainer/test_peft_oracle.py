@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.weights import decode
 from riverdelta.trainer.base import Base, Member
-from riverdelta.trainer.increment import Learner, step, train
+from riverdelta.trainer.increment import Inputs, Learner, step, train
 from riverdelta.trainer.layout import arrange
 from tests.trainer.samples import contents, recipe
 
@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_peft(
 ) -> None:
     base = Base.load(bases[kind], threads=1)
     like = recipe(micro_batch=6, passes=1, near=near)
-    learner = Learner(base, like, 11, contents(6, seed=3), [], None, None)
+    learner = Learner(base, Inputs(like, 11, contents(6, seed=3)))
     with torch.no_grad():  # B is zero at first and would hide A's gradients
         for number, leaf in enumerate(learner.weights.leaves):
             leaf.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
@@ -76,13 +76,13 @@ def test_loss_and_gradients_are_those_of_peft(
 
 
 def test_the_weights_load_in_peft_and_answer_alike(bases: dict[str, Path], base: Base, tmp_path: Path) -> None:
-    made = train(base, recipe(passes=4), 5, contents(5), [], None, None)
+    made = train(base, Learner(base, Inputs(recipe(passes=4), 5, contents(5))))
     config, tensors = decode(made.weights, made.digest)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(bases["llama"], dtype=torch.float32)
     loaded = PeftModel.from_pretrained(model, str(tmp_path))
-    learner = Learner(base, recipe(), 5, contents(5), [], made.weights, made.state)
+    learner = Learner(base, Inputs(recipe(), 5, contents(5), (), made.weights, made.state))
     row = learner.rows[0]
     assert row is not None
     batch = arrange([[row]], filler=0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from riverdelta.core.recipe import Training
 from riverdelta.core.template import IGNORE, example_ids
 from riverdelta.trainer.base import Base
-from riverdelta.trainer.increment import Untrainable, row_of, train
+from riverdelta.trainer.increment import Inputs, Learner, Untrainable, row_of, train
 from riverdelta.trainer.layout import Row, arrange, bucket, plan
 from tests.trainer.samples import example, recipe
 
@@ -55,8 +55,8 @@ def test_what_has_nothing_to_learn_is_no_row(base: Base, content: bytes) -> None
 
 
 def test_nothing_to_learn_makes_a_version_like_its_parent(base: Base) -> None:
-    first = train(base, recipe(), 3, [example(prompt="a", completion="b")], [], None, None)
-    second = train(base, recipe(), 3, [None, None], [None], first.weights, first.state)
+    first = train(base, Learner(base, Inputs(recipe(), 3, [example(prompt="a", completion="b")])))
+    second = train(base, Learner(base, Inputs(recipe(), 3, [None, None], [None], first.weights, first.state)))
     assert second.digest == first.digest
     assert second.state_digest != first.state_digest
     assert second.losses == ()
@@ -65,7 +65,7 @@ def test_nothing_to_learn_makes_a_version_like_its_parent(base: Base) -> None:
 def test_a_loss_that_is_not_finite_is_told(base: Base) -> None:
     wild = type(recipe()).from_dict({**recipe().to_dict(), "optimiser": {"learning_rate": 1e30}})
     with pytest.raises(Untrainable, match="learning_rate"):
-        train(base, wild, 3, [example(prompt="a", completion="b")], [], None, None)
+        train(base, Learner(base, Inputs(wild, 3, [example(prompt="a", completion="b")])))
 
 
 @given(

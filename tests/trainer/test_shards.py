@@ -20,7 +20,7 @@ from riverdelta.trainer import making
 from riverdelta.trainer.adapter import AdapterWeights
 from riverdelta.trainer.base import Base
 from riverdelta.trainer.gate import Judged
-from riverdelta.trainer.increment import Learner, step
+from riverdelta.trainer.increment import Inputs, Learner, step
 from riverdelta.trainer.inputs import Log
 from riverdelta.trainer.parts import join, split
 from riverdelta.trainer.replay import Replayed, replay
@@ -104,7 +104,7 @@ def test_a_version_is_the_mean_of_its_parts_and_comes_apart_again(base: Base) ->
     small = like.of_a_shard
     files: list[Any] = [None, None]
     for shard in range(2):
-        learner = Learner(base, small, shard, contents(3, shard), [], None, None)
+        learner = Learner(base, Inputs(small, shard, contents(3, shard)))
         while not learner.done:
             step(base, [learner])
         candidate = learner.candidate()
