@@ -125,6 +125,11 @@ class Lived:
         """All of it, to where nothing is left to do."""
         for _ in range(self.size):
             self.step()
+        if self.kind == "moved":  # somebody is forgotten who was news
+            self.seal_all()
+            while self.turn():
+                pass
+            self.forget_somebody()
         if not any(held.body["doomed"] for held in self.requests):
             self.read_all()
             self.forget_somebody()
@@ -228,6 +233,11 @@ class Lived:
 
     def read_all(self) -> None:
         self.flow().drain()
+
+    def seal_all(self) -> None:
+        self.read_all()
+        self.flow().worker.commit("end")
+        self.flow().worker._sealer.land()
 
     def commit(self) -> None:
         """Seal what is due, or all that is open."""
@@ -380,9 +390,7 @@ class Lived:
 
     def settle(self) -> None:
         """Until everything published is sealed, learned and purged."""
-        self.read_all()
-        self.flow().worker.commit("end")
-        self.flow().worker._sealer.land()
+        self.seal_all()
         self.kill_stream()
         for name in ADAPTERS:  # half of what is held goes on, and learns what was set aside
             if self.ledger.adapter(name).held is not None and self.rng.random() < 0.5:
