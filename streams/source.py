@@ -97,6 +97,7 @@ class Reader(StatelessSourcePartition[Read]):  # type: ignore[misc]
                 "enable.auto.commit": False,
                 "auto.offset.reset": "error",
                 "queued.max.messages.kbytes": 65536,
+                "fetch.wait.max.ms": 100,
                 "topic.metadata.refresh.interval.ms": 5000,
             }
         )
@@ -227,9 +228,9 @@ class Reader(StatelessSourcePartition[Read]):  # type: ignore[misc]
         numbers = {number for number in topic.partitions if number % self._workers == self._worker}
         if new := sorted(numbers - {partition for _, partition in self._reached}):
             floors = self._floors(topic.run)
-            for number in new:
-                low, _ = self._watermarks(number)
-                self._assign(number, self._above(number, floors.get(number, low), low))
+            # All are asked for before any is fetched: what is asked behind a fetch waits until that has found records.
+            lows = {number: self._watermarks(number)[0] for number in new}
+            self._assign({number: self._above(number, floors.get(number, low), low) for number, low in lows.items()})
             log.info(
                 "reading",
                 extra={
@@ -247,7 +248,7 @@ class Reader(StatelessSourcePartition[Read]):  # type: ignore[misc]
                     "the broker has lost its end.",
                     "Make the topic again: under its new id it is read from its beginning.",
                 )
-            self._assign(number, self._above(number, wanted, low))
+            self._assign({number: self._above(number, wanted, low)})
         self._broken.clear()
         self._topic = topic
         self._measure_lag()
@@ -278,15 +279,16 @@ class Reader(StatelessSourcePartition[Read]):  # type: ignore[misc]
             ) from error
         return low, high
 
-    def _assign(self, number: int, offset: int) -> None:
+    def _assign(self, offsets: Mapping[int, int]) -> None:
         from confluent_kafka import TopicPartition
 
         assert self._topic is not None
-        part = TopicPartition(self._name, number, offset)
-        if any(held.partition == number for held in self._consumer.assignment()):
-            self._consumer.incremental_unassign([part])
-        self._consumer.incremental_assign([part])
-        self._reached[self._topic.run, number] = offset
+        parts = [TopicPartition(self._name, number, offset) for number, offset in offsets.items()]
+        if held := [part for part in self._consumer.assignment() if part.partition in offsets]:
+            self._consumer.incremental_unassign(held)
+        self._consumer.incremental_assign(parts)
+        for number, offset in offsets.items():
+            self._reached[self._topic.run, number] = offset
 
     def _measure_lag(self) -> None:
         from confluent_kafka import TopicPartition
