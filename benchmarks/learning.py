@@ -44,7 +44,7 @@ RIVALS = ("base", "sequential", "ours", "retrain")
 KINDS = ("fact", "ticket", "style")
 LONGEST = 96
 # Passes and rates among which retraining has its choice.
-GRID = ((5, 2e-3), (5, 4e-3), (10, 1e-3), (10, 2e-3))
+GRID = ((5, 2e-3), (5, 4e-3), (10, 5e-4), (10, 1e-3))
 
 
 @dataclass

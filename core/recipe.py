@@ -31,7 +31,7 @@ class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
     1 / (1 + decay * position), position in micro-batches since the adapter began, those that tombstones skip counted.
     """
 
-    learning_rate: Annotated[float, Meta(gt=0)] = 1.5e-3
+    learning_rate: Annotated[float, Meta(gt=0)] = 7e-4
     final: Annotated[float, Meta(ge=0, le=1)] = 0.1
     decay: Annotated[float, Meta(ge=0)] = 0.0
     beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
@@ -48,9 +48,9 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     earlier ones with them; rows are cut at `max_length` tokens."""
 
     passes: Positive = 3
-    steps: Positive = 6
+    steps: Positive = 10
     micro_batch: Positive = 8
-    rehearse: Annotated[int, Meta(ge=0)] = 4
+    rehearse: Annotated[int, Meta(ge=0)] = 12
     near: Annotated[float, Meta(ge=0)] = 0.0
     max_length: Annotated[int, Meta(ge=8, le=8192)] = 512
 
