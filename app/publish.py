@@ -8,7 +8,7 @@ from typing import IO
 import typer
 
 from riverdelta.core.errors import NotFound
-from riverdelta.core.printing import print_json
+from riverdelta.core.printing import many, print_json
 from riverdelta.core.settings import Settings
 
 
@@ -40,7 +40,7 @@ def publish(settings: Settings, file: Path, adapter: str, subject: str, as_json:
     else:
         of = ", ".join(f"{name} {count}" for name, count in sorted(done.adapters.items()))
         typer.echo(
-            f"{done.events} events arrived on {settings.topics.events} at {settings.kafka.bootstrap}"
+            f"{many(done.events, 'event')} arrived on {settings.topics.events} at {settings.kafka.bootstrap}"
             f"{f' ({of})' if of else ''}."
         )
 

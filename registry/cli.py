@@ -467,7 +467,7 @@ def diff(
 @app.command()
 def repair(as_json: AsJson = False, config: Config = None, data: Data = None) -> None:
     """Make MLflow show what the ledger says: models, versions, alias `live`, tags, metrics, artifacts."""
-    from riverdelta.core.printing import print_json
+    from riverdelta.core.printing import many, print_json
 
     from . import operations
     from .report import telling
@@ -477,7 +477,7 @@ def repair(as_json: AsJson = False, config: Config = None, data: Data = None) ->
     if as_json:
         print_json({"adapters": count})
     else:
-        typer.echo(f"MLflow shows {count} adapters as the ledger has them.")
+        typer.echo(f"MLflow shows {many(count, 'adapter')} as the ledger has {'it' if count == 1 else 'them'}.")
 
 
 @app.command()
@@ -489,7 +489,7 @@ def gc(
     data: Data = None,
 ) -> None:
     """Let go of what recipes keep no longer, and delete what crashes left in the object store and the key store."""
-    from riverdelta.core.printing import print_json
+    from riverdelta.core.printing import many, print_json
     from riverdelta.core.store import ObjectStore
 
     from .belonging import key_store
@@ -502,9 +502,9 @@ def gc(
         else:
             did = "would go" if dry else "deleted"
             for name, gone in found.dropped.items():
-                counts = f"{len(gone['versions'])} versions and the contents of {len(gone['segments'])} segments"
-                typer.echo(f"{name}: {counts} are kept no longer.")
-            typer.echo(f"{len(found.deleted)} objects {did}, {len(found.young)} are too young to be sure of.")
+                versions, segments = many(len(gone["versions"]), "version"), many(len(gone["segments"]), "segment")
+                typer.echo(f"{name}: {versions} and the contents of {segments} are kept no longer.")
+            typer.echo(f"{many(len(found.deleted), 'object')} {did}, {len(found.young)} are too young to be sure of.")
 
 
 @app.command("run")

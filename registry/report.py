@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from riverdelta.core.printing import print_json
+from riverdelta.core.printing import many, print_json
 from riverdelta.core.recipe import Recipe
 
 from .certificate import Checked
@@ -85,9 +85,8 @@ def print_adapter(ledger: Ledger, name: str, as_json: bool) -> None:
         return
     serves = f"version {head.release}" if head.release else "the base"
     held = ", held there" if head.held is not None else ""
-    _out.print(
-        f"{name} serves {serves}{held}. {head.next_index} entries in {len(segments)} segments, epoch {head.epoch}."
-    )
+    holds = f"{many(head.next_index, 'entry')} in {many(len(segments), 'segment')}"
+    _out.print(f"{name} serves {serves}{held}. {holds}, epoch {head.epoch}.")
     _tell_rejections(head, ledger.rejections(name).get(name, 0))
     if versions:
         table = _table("version", "digest", "parent", "segment", "new", "loss", "made", "")
@@ -138,17 +137,17 @@ def print_forget(forget: Forget, report: ForgetReport, as_json: bool) -> None:
         lost = {"lost_servers": report.lost, "seconds": round(report.seconds, 4)}
         print_json({**_forget(forget), "revoked": report.revoked, "entries": entries, **lost})
         return
-    revoked = sum(report.revoked.values())
+    gone = f"{many(entries, 'entry')} erased, {many(sum(report.revoked.values()), 'version')} revoked"
     if forget.stage is Stage.LENDING:
         lent = ", ".join(f"{name}@{version}" for name, (version, _) in forget.body["lent"].items())
         _out.print(
-            f"{entries} entries erased, {revoked} versions revoked. Servers go on with {lent} until the rebuild, "
+            f"{gone}. Servers go on with {lent} until the rebuild, "
             f"at the latest until {forget.body['until']}; `riverdelta registry list` shows request {forget.id}."
         )
         return
     _out.print(
         f"Fenced in {report.seconds:.2f} s: no server answers from what saw the subject. "
-        f"{entries} entries erased, {revoked} versions revoked, in {len(forget.adapters)} adapters."
+        f"{gone}, in {many(len(forget.adapters), 'adapter')}."
     )
     if not entries:
         _out.print("No entry names this subject: check the spelling, if it should have any.")
@@ -167,7 +166,7 @@ def print_difference(found: Difference, as_json: bool) -> None:
         return
     one, two = (f"{found.adapter}@{number}" if number else "base" for number in found.versions)
     same = "one recipe" if found.recipes[0] == found.recipes[1] else "different recipes"
-    _out.print(f"{one} and {two}: {len(found.common)} segments in common, {same}.")
+    _out.print(f"{one} and {two}: {many(len(found.common), 'segment')} in common, {same}.")
     for name, numbers in zip((one, two), found.learned, strict=True):
         _out.print(f"Only {name} learned: {_numbers(numbers)}.")
     sizes = " and ".join(f"{size:.4g}" for size in found.sizes)
@@ -188,7 +187,7 @@ def print_verified(found: Sequence[Verified], replayed: Mapping[str, Any], as_js
         print_json([{**asdict(each), "replay": replayed.get(each.adapter)} for each in found])
     else:
         for each in found:
-            checked = f"{each.facts} facts, {each.segments} segments, {each.versions} versions"
+            checked = f"{many(each.facts, 'fact')}, {many(each.segments, 'segment')}, {many(each.versions, 'version')}"
             _out.print(f"{each.adapter}: {checked}: {'as written' if not each.problems else 'DAMAGED'}.")
             for problem in each.problems:
                 _out.print(f"  {problem}")
@@ -206,7 +205,7 @@ def print_replayed(result: Mapping[str, Any]) -> None:
     _out.print(f"live            {result['live']}  {result['adapter']}@{result['version']}")
     _out.print(f"counterfactual  {result['counterfactual']}  without {without}")
     told = "Equal, bit for bit." if result["equal"] else "They differ."
-    _out.print(f"{result['entries']} entries, {result['tombstones']} left out. {told}")
+    _out.print(f"{many(result['entries'], 'entry')}, {result['tombstones']} left out. {told}")
     if not result["equal"]:
         _err.print(
             "Name every forgotten subject with --without."
@@ -222,7 +221,7 @@ def print_certificate(found: Checked, replayed: Sequence[dict[str, object]], as_
         print_json({**asdict(found), "replayed": list(replayed)})
     else:
         _out.print(
-            f"Forget {found.request}: {found.erased} entries erased, {found.revoked} versions revoked, "
+            f"Forget {found.request}: {many(found.erased, 'entry')} erased, {many(found.revoked, 'version')} revoked, "
             f"in {_some(found.adapters)}: {'in order' if not found.problems else 'NOT in order'}."
         )
         if found.opened:
@@ -315,7 +314,7 @@ def _told(fact: Fact) -> str:
     match fact.kind:
         case "sealed":
             held = ", set aside as the release is held" if body["held"] else ""
-            return f"segment {body['segment']} sealed: {body['count']} entries by {body['trigger']}{held}"
+            return f"segment {body['segment']} sealed: {many(body['count'], 'entry')} by {body['trigger']}{held}"
         case "increment":
             withheld = f", withheld: {body['withheld']}" if "withheld" in body else ""
             return f"version {body['version']} learned segment {body['segment']}{withheld}"
@@ -334,7 +333,7 @@ def _told(fact: Fact) -> str:
             return f"segment {body['segment']}: {body['hand']} by hand{again}"
         case "forget":
             revoked, entries = _numbers(body["revoked"]), body["entries"]
-            return f"forget: {entries} entries erased, versions revoked: {revoked} ({body['request']})"
+            return f"forget: {many(entries, 'entry')} erased, versions revoked: {revoked} ({body['request']})"
         case "forget_stage":
             return f"forget {body['stage']} ({body['request']})"
         case "dropped":

@@ -347,7 +347,7 @@ def test_a_mistyped_folder_is_not_made_a_ledger(tmp_path: Path) -> None:
 
 
 def test_repair_shows_the_ledger_in_mlflow(data: Path) -> None:
-    assert "1 adapters" in run(data, "repair").stdout
+    assert "1 adapter " in run(data, "repair").stdout
 
 
 @pytest.mark.parametrize(
