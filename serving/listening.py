@@ -29,8 +29,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         # `localhost` is both; most clients try IPv4.
-        family, kind, _, _, address = min(found, key=lambda option: option[0] != socket.AF_INET)
-        sock = socket.socket(family, kind)
+        family, kind, protocol, _, address = min(found, key=lambda option: option[0] != socket.AF_INET)
+        # asyncio turns Nagle's algorithm off only where the protocol is named; with it a token can wait 40 ms.
+        sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         # Two servers that bind without listening would both succeed: listening settles it.

@@ -90,6 +90,16 @@ def test_pipelined_and_kept_connections(shared):
             got += client.recv(4096)
 
 
+def test_no_token_waits_for_the_one_before_to_arrive(shared):
+    """Nagle's algorithm holds a small packet back until the last is acknowledged."""
+    with raw(shared) as client:
+        client.sendall(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert client.recv(4096)
+        sockets = [held.transport.get_extra_info("socket") for held in shared.http.server_state.connections]
+        assert sockets
+        assert all(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for sock in sockets)
+
+
 def test_more_than_the_queue_holds(shared):
     """Six askers of as many answers as one of them may queue: somebody is told to come back, nobody is left hanging."""
     body = {**LONG, "n": 40, "max_tokens": 4}
