@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import random
 import socket
 import string
@@ -91,12 +92,12 @@ def first_token(sock: socket.socket, request: bytes) -> float:
 
 def phase(port: int, neighbours: int, adapters: int, requests: int) -> list[float]:
     """The tenant's waits while a neighbour keeps so many requests in flight."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # this process has one thread, and imports take seconds
     stop, waits = context.Event(), list[float]()
     others = context.Process(target=crowd, args=(port, neighbours, adapters, stop))
     if neighbours:
         others.start()
-        time.sleep(6.0)  # its imports, and the first answers
+        time.sleep(1.5)
 
     def client(number: int) -> None:
         seed = random.Random(number)
@@ -120,7 +121,10 @@ def served(folder: Path, base: Path) -> Settings:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serving = Serving(port=port, api_keys=str(folder / "keys.toml"), adapter_slots=16, max_model_len=512)
+    # A thread less than there are cores: who asks needs some of the machine too.
+    threads = max(1, (os.cpu_count() or 2) - 1)
+    keys = str(folder / "keys.toml")
+    serving = Serving(port=port, api_keys=keys, adapter_slots=16, max_model_len=512, threads=threads)
     settings = Settings(data=folder / "data", base=str(base), kafka=Kafka(), serving=serving)
     hand, linears = Hand(settings), linears_of(base)
     for number, name in enumerate(("mine", *(f"flood-{n}" for n in range(FLOOD_ADAPTERS)))):

@@ -159,7 +159,7 @@ class Serving(_Part):
     max_batch: int = Field(32, ge=1, description="requests computed side by side")
     max_model_len: int = Field(4096, ge=16, description="tokens of a prompt and its answer together")
     kv_tokens: int = Field(16384, ge=256, description="tokens that the KV cache holds over all sequences")
-    prefill_chunk: int = Field(256, ge=1, description="tokens of prompts taken into one step")
+    prefill_chunk: int = Field(128, ge=1, description="tokens of prompts taken into one step; a GPU is worth more")
     adapter_slots: int = Field(32, ge=1, description="adapters ready to compute; memory taken at start")
     max_rank: int = Field(32, ge=1, le=256, description="largest rank served; a slot takes memory for it")
     max_queue: int = Field(1024, ge=1, description="requests that may wait; more are refused (429)")

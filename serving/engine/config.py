@@ -20,7 +20,7 @@ class EngineConfig:
     block_size: int = 16
     kv_blocks: int | None = None
     max_model_len: int = 2048
-    prefill_chunk: int = 256
+    prefill_chunk: int = 128
     prefix_cache: bool = True
     adapter_slots: int = 64
     max_rank: int = 64
