@@ -78,10 +78,9 @@ def freshness() -> str:
 
 def streams() -> str:
     """Events a second into durable entries, and through a bare pass-through."""
-    reports = [_load(name) for name in ("streams", "streams_2_workers", "streams_10000_adapters")]
+    reports = [_load(name) for name in ("streams", "streams_10000_adapters")]
     rows = [
         [
-            report.get("workers", 1),
             f"{report['adapters']:,}",
             f"{report['events']:,}",
             f"**{report['events_per_s']:,}**",
@@ -91,7 +90,7 @@ def streams() -> str:
         ]
         for report in reports
     ]
-    heads = ["processes", "adapters", "events", "events/s, durable", "bare pass-through", "ratio", "peak MB"]
+    heads = ["adapters", "events", "events/s, durable", "bare pass-through", "ratio", "peak MB"]
     machine = reports[0]["machine"]["device"]
     where = f"{machine}, shared with the broker, bytewax {reports[0]['versions']['bytewax']}, {reports[0]['date']}"
     return f"{where}. `{reports[0]['command']}`\n\n" + _table(heads, rows)
