@@ -22,7 +22,7 @@ def write(path: Path, data: bytes) -> None:
         try:
             os.rename(draft, path)
         except FileNotFoundError:
-            continue  # the draft was taken for one that a writer had left behind
+            continue  # taken for one that a writer had left behind
         _flush_folder(path.parent)
         return
 
@@ -36,7 +36,10 @@ def write_together(root: Path, files: Mapping[Path, bytes]) -> None:
                 drafts[path] = _draft(str(path), data, flush=False)
         with _flushed(root):
             for path, draft in drafts.items():
-                os.rename(draft, path)
+                try:
+                    os.rename(draft, path)
+                except FileNotFoundError:  # taken for one that a writer had left behind
+                    write(path, files[path])
     except BaseException:
         for draft in drafts.values():
             with contextlib.suppress(OSError):

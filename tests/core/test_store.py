@@ -1,5 +1,6 @@
 """The object store, on a folder."""
 
+import os
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -57,6 +58,21 @@ def test_many_at_once_are_written_or_leave_no_drafts(store: ObjectStore, tmp_pat
     assert not list((tmp_path / "store").rglob("*#*"))
     with pytest.raises(BadInput):
         store.put_all({f"{'../' * number}x": b"x" for number in range(20)})
+
+
+def test_a_draft_that_is_taken_away_is_written_again(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, taken = os.rename, list[str]()
+
+    def take_first(draft: str, path: Path) -> None:
+        if not taken:
+            taken.append(draft)
+            os.unlink(draft)
+        rename(draft, path)
+
+    monkeypatch.setattr(os, "rename", take_first)
+    store.put_all({f"many/{number}": bytes([number]) for number in range(20)})
+    assert [store.get(f"many/{number}") for number in range(20)] == [bytes([number]) for number in range(20)]
+    assert len(taken) == 1
 
 
 def test_deletes_do_not_take_a_folder_from_a_writer(store: ObjectStore) -> None:
