@@ -32,7 +32,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.learning import right
 from benchmarks.machine import RESULTS, write_result
@@ -53,8 +52,9 @@ LONGEST = 96
 class Ascent(Learner):
     """Up the loss instead of down."""
 
-    def learn(self, loss: float, gradients: tuple[Tensor, ...], tokens: int) -> None:
-        super().learn(loss, tuple(-gradient for gradient in gradients), tokens)
+    def learn(self, loss: float, tokens: int) -> None:
+        self._gradient.neg_()
+        super().learn(loss, tokens)
 
 
 class Npo(Learner):
@@ -62,13 +62,14 @@ class Npo(Learner):
 
     was: dict[int, float]
 
-    def learn(self, loss: float, gradients: tuple[Tensor, ...], tokens: int) -> None:
+    def learn(self, loss: float, tokens: int) -> None:
         slot = self.plan[self.place].slots[0]
         row = self.rows[slot]
         assert row is not None
         fell = (self.was[slot] - loss) * row.targets  # log of how much likelier the answer is than before
         weight = 2.0 / (1.0 + math.exp(-BETA * fell))
-        super().learn(loss, tuple(-weight * gradient for gradient in gradients), tokens)
+        self._gradient.mul_(-weight)
+        super().learn(loss, tokens)
 
 
 class World:
