@@ -112,7 +112,7 @@ def routes(server: Server) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or more prompts."""
         ref = visible(body.model, request.state.caller)
-        prompts = await server.generator.completion_prompts(body)
+        prompts = await server.generator.completion_prompts(body, request.state.caller)
         sampling = body.sampling(16 if body.max_tokens is None else body.max_tokens, body.logprobs)
         answer = await begin(request, body, CompletionShape(), prompts, sampling, ref)
         return AnswerResponse(server, answer, body)
@@ -121,7 +121,7 @@ def routes(server: Server) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         ref = visible(body.model, request.state.caller)
-        prompt = await server.generator.chat_prompt(body)
+        prompt = await server.generator.chat_prompt(body, request.state.caller)
         limit = body.max_completion_tokens or body.max_tokens or server.generator.room(prompt)
         sampling = body.sampling(limit, (body.top_logprobs or 0) if body.logprobs else None)
         answer = await begin(request, body, ChatShape(), [prompt], sampling, ref)

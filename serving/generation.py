@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -43,6 +44,7 @@ _PATIENCE = 3.0  # seconds in which an alias that was fenced off must have moved
 
 # One thread: a tokenizer must not be used by two at once, and long prompts must not hold up the event loop.
 _tokenizing = ThreadPoolExecutor(1, "tokenizer")
+_SHRINKS = 4  # Unicode's composed forms make at most so many characters one
 _compiling = ThreadPoolExecutor(1, "schemas")
 _MOST_SCHEMAS = 4  # of one caller in the making
 
@@ -149,22 +151,39 @@ class Generator:
     def __init__(self, engine: Engine, fleet: Fleet, base_digest: str) -> None:
         self.engine, self.fleet, self.base_digest = engine, fleet, base_digest
         self._compiling: Counter[str] = Counter()
+        self._turns: dict[str, asyncio.Lock] = {}
+        longest = max(map(len, engine.tokenizer.get_vocab()))
+        self._most_characters = engine.max_model_len * longest * _SHRINKS
 
-    async def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
+    async def completion_prompts(self, request: CompletionRequest, caller: Caller) -> list[list[int]]:
         """Token ids of each prompt."""
-        prompts = request.prompts
-        if isinstance(prompts[0], str):
-            return await self._tokens(lambda: [prompt_ids(self.engine.tokenizer, str(text)) for text in prompts])
-        return [list(ids) for ids in prompts]
+        found = []
+        for prompt in request.prompts:
+            if isinstance(prompt, str):
+                ids = await self._tokens(caller, len(prompt), partial(prompt_ids, self.engine.tokenizer, prompt))
+                self.room(ids)  # of many that do not fit, one has been looked at
+            else:
+                ids = list(prompt)
+            found.append(ids)
+        return found
 
-    async def chat_prompt(self, request: ChatRequest) -> list[int]:
+    async def chat_prompt(self, request: ChatRequest, caller: Caller) -> list[int]:
         """Token ids of a chat, up to where the assistant's turn begins."""
         turns = [message.turn() for message in request.messages]
-        return (await self._tokens(lambda: [chat_ids(self.engine.tokenizer, turns)]))[0]
+        longest = max(len(turn["content"]) for turn in turns)
+        return await self._tokens(caller, longest, partial(chat_ids, self.engine.tokenizer, turns))
 
-    async def _tokens(self, work: Callable[[], list[list[int]]]) -> list[list[int]]:
+    async def _tokens(self, caller: Caller, longest: int, work: Callable[[], list[int]]) -> list[int]:
+        # A megabyte takes the tokenizer seconds: what cannot fit is not begun.
+        if longest > self._most_characters:
+            raise PromptTooLong(
+                f"{longest} characters leave no room in the {self.engine.max_model_len} tokens of this server.",
+                "Shorten the prompt.",
+            )
         try:
-            return await asyncio.get_running_loop().run_in_executor(_tokenizing, work)
+            # One text of a caller's at a time: a flood of long ones does not stand before everybody else's.
+            async with self._turns.setdefault(caller.name, asyncio.Lock()):
+                return await asyncio.get_running_loop().run_in_executor(_tokenizing, work)
         except TemplateError as error:
             raise InvalidRequest(f"The model's chat template does not take these messages: {error}.") from error
         except (UnicodeError, TypeError) as error:  # a lone surrogate

@@ -79,13 +79,18 @@ def small_settings(folder: Path, base: Path, **serving: Any) -> Settings:
     return Settings(data=folder / "data", base=str(base), kafka=Kafka(), serving=Serving(**{**SMALL, **serving}))
 
 
+def stock(settings: Settings) -> None:
+    """Make the adapters that `shared` has."""
+    hand = Hand(settings)
+    for name, versions in (("acme", 2), ("beta", 1), ("empty", 0)):
+        hand.adapter(name, versions)
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Running]:
     """A server for tests that change nothing: `acme` has versions 1 and 2, `beta` 1, `empty` none."""
     settings = small_settings(tmp_path_factory.mktemp("shared"), tiny_base, batch_invariant=True)
-    hand = Hand(settings)
-    for name, versions in (("acme", 2), ("beta", 1), ("empty", 0)):
-        hand.adapter(name, versions)
+    stock(settings)
     running = Running(settings)
     yield running
     running.stop()

@@ -1,9 +1,15 @@
 """API keys over HTTP: a tenant sees its own adapters, and cannot tell others' from absent ones."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import pytest
 
-from .conftest import Running, small_settings
+from riverdelta.serving import generation
+
+from .conftest import Running, small_settings, stock
 from .test_swap import text
 
 KEYS = {
@@ -30,12 +36,11 @@ FILE = "\n".join(
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory, tiny_base, shared):
+def guarded(tmp_path_factory, tiny_base):
     folder = tmp_path_factory.mktemp("guarded")
     (folder / "keys.toml").write_text(FILE)
-    # The same ledger and store as the shared server's, as a replica has.
     settings = small_settings(folder, tiny_base, api_keys=str(folder / "keys.toml"))
-    settings.data = shared.settings.data
+    stock(settings)
     running = Running(settings)
     yield running
     running.stop()
@@ -54,8 +59,8 @@ def by_key(guarded):
         client.close()
 
 
-def ask(client, model):
-    return client.post("/v1/completions", json={"model": model, "prompt": "hello", "max_tokens": 4, "temperature": 0})
+def ask(client, model, prompt="hello"):
+    return client.post("/v1/completions", json={"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0})
 
 
 def test_without_a_key_nothing_is_told(guarded):
@@ -111,6 +116,28 @@ def test_prefixes_are_not_shared_between_keys(by_key, guarded):
         for name in ("acme", "acme", "both")
     ]
     assert cached[0] == cached[2] == 0 < cached[1]
+
+
+def test_one_callers_long_texts_do_not_stand_before_anothers(by_key, guarded, monkeypatch):
+    began, hold, order = threading.Event(), threading.Event(), []
+
+    def tokens(tokenizer, prompt):
+        order.append(prompt)
+        if prompt == "long":
+            began.set()
+            assert hold.wait(30)
+        return [1, 2]
+
+    monkeypatch.setattr(generation, "prompt_ids", tokens)
+    with ThreadPoolExecutor(5) as pool:
+        asked = [pool.submit(ask, by_key["acme"], "acme", "long") for _ in range(4)]
+        assert began.wait(30)
+        asked.append(pool.submit(ask, by_key["both"], "acme", "short"))
+        while not any(lock.locked() for name, lock in guarded.server.generator._turns.items() if name == "both"):
+            time.sleep(0.01)
+        hold.set()
+        assert all(each.result().status_code == 200 for each in asked)
+    assert order.index("short") == 1
 
 
 def test_only_admins_act_and_measure(by_key):
