@@ -30,8 +30,8 @@ import torch
 
 from benchmarks.machine import here
 from riverdelta.core.settings import Kafka, Serving, Settings, Topics
-from riverdelta.registry import operations
 from riverdelta.registry.ledger import Forget, Ledger
+from riverdelta.registry.operations import Operations
 from riverdelta.registry.wakeups import Wakeups
 from riverdelta.streams import topics
 from tests.serving.asking import Load
@@ -76,6 +76,7 @@ def measure(settings: Settings, servers: list[Stamped], forgets: int, commands: 
     """Forget so often, in the warm process and by the command, and look at what the servers sent."""
     hand = Hand(settings)
     ledger, wakeups = Timed(hand.ledger.db), Wakeups(settings)
+    acts = Operations(ledger, settings, "bench", wakeups)
     waits, walls, fenced = [], [], {}
     for number in range(forgets + commands):
         subject, adapter = f"subject {number}", ADAPTERS[number % 2]
@@ -84,7 +85,7 @@ def measure(settings: Settings, servers: list[Stamped], forgets: int, commands: 
         answering(servers, adapter, dirty)
         time.sleep(0.05)
         if number < forgets:
-            report = operations.forget(ledger, settings, subject, [adapter], actor="bench", wakeups=wakeups)
+            report = acts.forget(subject, [adapter])
             assert not report.lost
             fenced[dirty] = ledger.acknowledged
             waits.append(ledger.acknowledged - ledger.durable)

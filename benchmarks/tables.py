@@ -78,10 +78,11 @@ def freshness() -> str:
 
 def streams() -> str:
     """Events a second into durable entries, and through a bare pass-through."""
-    reports = [_load(name) for name in ("streams", "streams_10000_adapters")]
+    reports = [_load(name) for name in ("streams", "streams_2_workers", "streams_10000_adapters")]
     rows = [
         [
             f"{report['adapters']:,}",
+            report.get("workers", 1),
             f"{report['events']:,}",
             f"**{report['events_per_s']:,}**",
             f"{report['bare_events_per_s']:,}",
@@ -90,7 +91,7 @@ def streams() -> str:
         ]
         for report in reports
     ]
-    heads = ["adapters", "events", "events/s, durable", "bare pass-through", "ratio", "peak MB"]
+    heads = ["adapters", "processes", "events", "events/s, durable", "bare pass-through", "ratio", "peak MB"]
     machine = reports[0]["machine"]["device"]
     where = f"{machine}, shared with the broker, bytewax {reports[0]['versions']['bytewax']}, {reports[0]['date']}"
     return f"{where}. `{reports[0]['command']}`\n\n" + _table(heads, rows)

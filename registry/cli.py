@@ -3,7 +3,7 @@
 import getpass
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from riverdelta.core.settings import Settings
 
     from .ledger import Ledger
-    from .wakeups import Wakeups
+    from .operations import Operations
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,12 +53,11 @@ def create(
     """Make an adapter. It answers as the base until it has learned."""
     from riverdelta.core.recipe import Recipe
 
-    from . import operations
     from .report import print_adapter
 
     shape = Recipe.load(recipe) if recipe else Recipe()
-    with _ledger(config, data, make=True) as (settings, ledger), _wakeups(settings) as wakeups:
-        operations.create(ledger, settings, name, shape, actor=_actor(actor), reason=reason, wakeups=wakeups)
+    with _acting(config, data, actor, make=True) as (_, ledger, acts):
+        acts.create(name, shape, reason)
         print_adapter(ledger, name, as_json)
 
 
@@ -105,14 +104,13 @@ def release(
     data: Data = None,
 ) -> None:
     """Serve NAME@VERSION now; the next increment takes over from it."""
-    from . import operations
     from .report import print_adapter
 
     name, number = _version(version)
     if number is None:
         raise BadInput(f"{version} names no version.", f"Write {version}@7, for instance.")
-    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
-        operations.release(ledger, settings, name, number, actor=_actor(actor), reason=reason, wakeups=wakeups)
+    with _acting(config, data, actor) as (_, ledger, acts):
+        acts.release(name, number, reason)
         print_adapter(ledger, name, as_json)
 
 
@@ -127,13 +125,12 @@ def rollback(
     data: Data = None,
 ) -> None:
     """Go back to NAME@VERSION (default: the version before the released one), and hold it there until `resume`."""
-    from . import operations
     from .report import print_adapter
 
     name, number = _version(version)
     number = 0 if to_base else number
-    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
-        operations.rollback(ledger, settings, name, number, actor=_actor(actor), reason=reason, wakeups=wakeups)
+    with _acting(config, data, actor) as (_, ledger, acts):
+        acts.rollback(name, number, reason)
         print_adapter(ledger, name, as_json)
 
 
@@ -149,15 +146,14 @@ def resume(
     data: Data = None,
 ) -> None:
     """End a rollback's hold; without options, only new segments are learned, from the held version on."""
-    from . import operations
     from .ledger import Mode
     from .report import print_adapter
 
     if replay and tip:
         raise BadInput("--replay and --tip exclude each other.", "Give one of them, or neither.")
     mode: Mode = "replay" if replay else "tip" if tip else "continue"
-    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
-        operations.resume(ledger, settings, name, mode, actor=_actor(actor), reason=reason, wakeups=wakeups)
+    with _acting(config, data, actor) as (_, ledger, acts):
+        acts.resume(name, mode, reason)
         print_adapter(ledger, name, as_json)
 
 
@@ -199,14 +195,11 @@ def _decide(
     config: Path | None,
     data: Path | None,
 ) -> None:
-    from . import operations
     from .ledger import Hand
     from .report import print_adapter
 
-    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
-        operations.decide(
-            ledger, settings, name, segment, Hand(hand), actor=_actor(actor), reason=reason, wakeups=wakeups
-        )
+    with _acting(config, data, actor) as (_, ledger, acts):
+        acts.decide(name, segment, Hand(hand), reason)
         print_adapter(ledger, name, as_json)
 
 
@@ -237,22 +230,11 @@ def forget(
     from .report import print_forget, telling, waiting
 
     adapters = _scope(adapter, all_adapters)
-    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
+    with _acting(config, data, actor) as (settings, ledger, acts):
         if receipt is not None:
             operations.write_receipt(ledger, settings, subject, adapters, receipt)
         with waiting("Waiting for every server to carry out the fence") as progress:
-            report = operations.forget(
-                ledger,
-                settings,
-                subject,
-                adapters,
-                actor=_actor(actor),
-                reason=reason,
-                request=request,
-                serve_until_rebuilt=serve_until_rebuilt,
-                wakeups=wakeups,
-                progress=progress,
-            )
+            report = acts.forget(subject, adapters, reason, request, serve_until_rebuilt, progress)
         done = report.forget
         if wait:
             with telling("Fenced; rebuild and purge") as tell:
@@ -274,13 +256,9 @@ def allow(
     """Let a forgotten subject be learned again, from now on. What was forgotten stays so."""
     from riverdelta.core.printing import print_json
 
-    from . import operations
-
     adapters = _scope(adapter, all_adapters)
-    with _ledger(config, data) as (settings, ledger), _wakeups(settings) as wakeups:
-        lifted = operations.allow(
-            ledger, settings, subject, adapters, actor=_actor(actor), reason=reason, wakeups=wakeups
-        )
+    with _acting(config, data, actor) as (_, _, acts):
+        lifted = acts.allow(subject, adapters, reason)
         if as_json:
             print_json({"allowed": lifted})
         else:
@@ -412,10 +390,10 @@ def import_(
     from .peft_io import base_linears, import_folder
     from .report import print_adapter
 
-    with _ledger(config, data, make=True) as (settings, ledger), _wakeups(settings) as wakeups:
+    with _acting(config, data, actor, make=True) as (settings, ledger, acts):
         linears = base_linears(resolve(base or settings.base or settings.running().get("base", "")))
         import_folder(ledger, ObjectStore(settings.store_url), name, folder, linears, _actor(actor), reason)
-        wakeups.send(settings.topics.releases, name)
+        acts.tell([name])
         print_adapter(ledger, name, as_json)
 
 
@@ -544,14 +522,15 @@ def _ledger(config: Path | None, data: Path | None, make: bool = False) -> Itera
 
 
 @contextmanager
-def _wakeups(settings: "Settings") -> Iterator["Wakeups"]:
+def _acting(
+    config: Path | None, data: Path | None, actor: str, make: bool = False
+) -> Iterator[tuple["Settings", "Ledger", "Operations"]]:
+    """The settings, their ledger, and what one can do there."""
+    from .operations import Operations
     from .wakeups import Wakeups
 
-    wakeups = Wakeups(settings)
-    try:
-        yield wakeups
-    finally:
-        wakeups.close()
+    with _ledger(config, data, make) as (settings, ledger), closing(Wakeups(settings)) as wakeups:
+        yield settings, ledger, Operations(ledger, settings, _actor(actor), wakeups)
 
 
 def _version(text: str) -> tuple[str, int | None]:

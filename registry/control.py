@@ -17,9 +17,9 @@ from msgspec import Meta, Struct
 from riverdelta.core.errors import BadInput, RiverdeltaError, Unavailable
 from riverdelta.core.settings import Settings
 
-from . import operations
 from .belonging import KeptOpen, subject_key
 from .ledger import Ledger
+from .operations import LONGEST_SECONDS, Operations
 from .wakeups import Wakeups
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
     adapter: str = ""
     all_adapters: bool = False
     reason: Annotated[str, Meta(max_length=1000)] = ""
-    serve_until_rebuilt: Annotated[float, Meta(ge=0, le=operations.LONGEST_SECONDS)] = 0.0
+    serve_until_rebuilt: Annotated[float, Meta(ge=0, le=LONGEST_SECONDS)] = 0.0
 
     @classmethod
     def read(cls, value: bytes | None) -> "Message":
@@ -72,10 +72,10 @@ class Control:
     def __init__(self, ledger: Ledger, settings: Settings, wakeups: Wakeups, stop: threading.Event) -> None:
         self._ledger = ledger
         self._settings = settings
-        self._wakeups = wakeups
         self._stop = stop
         self._topic = settings.topics.control
         self._keys = KeptOpen(settings)
+        self._acts = Operations(ledger, settings, "control", wakeups, self._keys)
 
     def run(self) -> None:
         """Follow the topic. What cannot be done now (broker or ledger away) is tried again, in order."""
@@ -138,31 +138,11 @@ class Control:
             if message.subject.lower() in request.lower():
                 request = subject_key(self._ledger, self._settings).request(request)
             adapters = None if message.all_adapters else [message.adapter]
+            about = message.subject, adapters, message.reason, request
             if message.action == "forget":
-                operations.fence(
-                    self._ledger,
-                    self._settings,
-                    message.subject,
-                    adapters,
-                    actor="control",
-                    reason=message.reason,
-                    request=request,
-                    asked=where,
-                    serve_until_rebuilt=message.serve_until_rebuilt,
-                    wakeups=self._wakeups,
-                    keys=self._keys,
-                )
+                self._acts.fence(*about, message.serve_until_rebuilt, where)
             else:
-                operations.allow(
-                    self._ledger,
-                    self._settings,
-                    message.subject,
-                    adapters,
-                    actor="control",
-                    reason=message.reason,
-                    request=request,
-                    wakeups=self._wakeups,
-                )
+                self._acts.allow(*about)
             log.info("%s by message", message.action, extra={"request": request, **where})
         except Unavailable:
             raise

@@ -1,6 +1,6 @@
 """The acts behind the command line, the HTTP face and the control topic: a ledger transaction, then the wake-ups.
 
-Every act is durable when its function returns; wake-ups only make it felt sooner. Subjects come in as plain text and go
+Every act is durable when it returns; wake-ups only make it felt sooner. Subjects come in as plain text and go
 no further than here: what is stored is their keyed hash.
 """
 
@@ -40,126 +40,170 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]+")
 class ForgetReport:
     """What a forget has done so far: all servers have carried out the fence; rebuild and purge follow by themselves.
 
-    `revoked` counts versions per adapter, `lost` names the servers that were given up for lost, `seconds` is the time
-    from the request to the last acknowledgement.
+    `lost` names the servers that were given up for lost, `seconds` is the time from the request to the last
+    acknowledgement.
     """
 
     forget: Forget
-    revoked: dict[str, int]
     lost: list[str]
     seconds: float
 
 
-def create(
-    ledger: Ledger,
-    settings: Settings,
-    adapter: str,
-    recipe: Recipe,
-    *,
-    actor: str,
-    reason: str = "",
-    wakeups: Wakeups | None = None,
-) -> AdapterRecord:
-    """Make an adapter. It answers as the base until it has learned."""
-    head = ledger.create(adapter, recipe, _line(actor, 128), _line(reason))
-    _tell(settings, wakeups, [adapter])
-    return head
+def told(forget: Forget, sees: Callable[[str], bool] = lambda adapter: True) -> dict[str, Any]:
+    """A forget as scripts are told of it, as far as it is about adapters that one `sees`: the epoch that it gave each,
+    the versions that it revoked and the entries that it erased."""
+    doomed = [part for part in forget.body["doomed"] if sees(part["adapter"])]
+    return {
+        "request_id": forget.id,
+        "stage": str(forget.stage),
+        "done": forget.stage is Stage.PURGED,
+        "at": forget.at,
+        "everywhere": forget.everywhere,
+        "adapters": {name: epoch for name, epoch in sorted(forget.adapters.items()) if sees(name)},
+        "revoked": {part["adapter"]: part["versions"] for part in doomed if part["versions"]},
+        "entries": sum(part["entries"] for part in doomed),
+        "certificate": forget.body.get("certificate"),
+    }
 
 
-def rollback(
-    ledger: Ledger,
-    settings: Settings,
-    adapter: str,
-    version: int | None,
-    *,
-    actor: str,
-    reason: str = "",
-    wakeups: Wakeups | None = None,
-) -> AdapterRecord:
-    """Move the release to an earlier version (None: the released one's parent; 0: the base) and hold it there."""
-    head = ledger.rollback(adapter, version, _line(actor, 128), _line(reason))
-    _tell(settings, wakeups, [adapter])
-    return head
+class Operations:
+    """What one actor does to adapters."""
 
+    def __init__(
+        self,
+        ledger: Ledger,
+        settings: Settings,
+        actor: str,
+        wakeups: Wakeups | None = None,
+        keys: KeptOpen | None = None,
+    ) -> None:
+        """`actor` stands in the journal beside every act. Who forgets often gives the `keys`, kept open."""
+        self._ledger = ledger
+        self._settings = settings
+        self._actor = _line(actor, 128)
+        self._wakeups = wakeups
+        self._keys = keys
 
-def release(
-    ledger: Ledger,
-    settings: Settings,
-    adapter: str,
-    version: int,
-    *,
-    actor: str,
-    reason: str = "",
-    wakeups: Wakeups | None = None,
-) -> AdapterRecord:
-    """Move the release, without a hold: the next increment takes over from it."""
-    head = ledger.release(adapter, version, _line(actor, 128), _line(reason))
-    _tell(settings, wakeups, [adapter])
-    return head
+    def create(self, adapter: str, recipe: Recipe, reason: str = "") -> AdapterRecord:
+        """Make an adapter. It answers as the base until it has learned."""
+        return self._told(self._ledger.create(adapter, recipe, self._actor, _line(reason)))
 
+    def rollback(self, adapter: str, version: int | None, reason: str = "") -> AdapterRecord:
+        """Move the release to an earlier version (None: the released one's parent; 0: the base) and hold it there."""
+        return self._told(self._ledger.rollback(adapter, version, self._actor, _line(reason)))
 
-def resume(
-    ledger: Ledger,
-    settings: Settings,
-    adapter: str,
-    mode: Mode,
-    *,
-    actor: str,
-    reason: str = "",
-    wakeups: Wakeups | None = None,
-) -> AdapterRecord:
-    """End a hold: `continue` with new segments only, `replay` what was set aside, or return to the newest (`tip`)."""
-    head = ledger.resume(adapter, mode, _line(actor, 128), _line(reason))
-    _tell(settings, wakeups, [adapter])
-    return head
+    def release(self, adapter: str, version: int, reason: str = "") -> AdapterRecord:
+        """Move the release, without a hold: the next increment takes over from it."""
+        return self._told(self._ledger.release(adapter, version, self._actor, _line(reason)))
 
+    def resume(self, adapter: str, mode: Mode, reason: str = "") -> AdapterRecord:
+        """End a hold: `continue` with new segments only, `replay` what was set aside, or return to the newest
+        (`tip`)."""
+        return self._told(self._ledger.resume(adapter, mode, self._actor, _line(reason)))
 
-def decide(
-    ledger: Ledger,
-    settings: Settings,
-    adapter: str,
-    segment: int,
-    hand: Hand,
-    *,
-    actor: str,
-    reason: str = "",
-    wakeups: Wakeups | None = None,
-) -> AdapterRecord:
-    """Accept or discard a segment by hand, whatever the gate says, now and at every rebuild."""
-    head = ledger.decide_by_hand(adapter, segment, hand, _line(actor, 128), _line(reason))
-    _tell(settings, wakeups, [adapter])
-    return head
+    def decide(self, adapter: str, segment: int, hand: Hand, reason: str = "") -> AdapterRecord:
+        """Accept or discard a segment by hand, whatever the gate says, now and at every rebuild."""
+        return self._told(self._ledger.decide_by_hand(adapter, segment, hand, self._actor, _line(reason)))
 
+    def forget(
+        self,
+        subject: str,
+        adapters: Sequence[str] | None,
+        reason: str = "",
+        request: str = "",
+        serve_until_rebuilt: float = 0.0,
+        progress: Progress | None = None,
+    ) -> ForgetReport:
+        """Forget a subject in some adapters (None: in all, those to come included), and wait for the servers.
 
-def forget(
-    ledger: Ledger,
-    settings: Settings,
-    subject: str,
-    adapters: Sequence[str] | None,
-    *,
-    actor: str,
-    reason: str = "",
-    request: str = "",
-    serve_until_rebuilt: float = 0.0,
-    wakeups: Wakeups | None = None,
-    progress: Progress | None = None,
-    keys: KeptOpen | None = None,
-) -> ForgetReport:
-    """Forget a subject in some adapters (None: in all, those to come included), and wait for the servers.
+        `progress` is called with the leases that are still waited for. A `request` id seen before starts nothing new
+        and gives the procedure as it stands. With `serve_until_rebuilt`, servers go on answering with the releases
+        that they have until those are rebuilt, or for so many seconds at most; then the keeper fences, and nobody
+        waits.
+        """
+        start = time.monotonic()
+        begun = self._begin(subject, adapters, reason, request, None, serve_until_rebuilt)
+        # First of all nobody answers with it.
+        lost = self._ledger.await_fence(begun.fence, ["server"], progress=progress)
+        self._erase(begun)
+        done = begun
+        if begun.stage is not Stage.LENDING:
+            done = self._ledger.advance(begun.id, Stage.ACKNOWLEDGED, {"lost": lost}, self._actor)
+        return ForgetReport(done, lost, time.monotonic() - start)
 
-    `progress` is called with the leases that are still waited for. A `request` id seen before starts nothing new
-    and gives the procedure as it stands. With `serve_until_rebuilt`, servers go on answering with the releases that
-    they have until those are rebuilt, or for so many seconds at most; then the keeper fences, and nobody waits.
-    """
-    start = time.monotonic()
-    begun = _begin(ledger, settings, subject, adapters, actor, reason, request, None, serve_until_rebuilt, wakeups)
-    lost = ledger.await_fence(begun.fence, ["server"], progress=progress)  # first of all nobody answers with it
-    _erase(ledger, settings, begun, keys)
-    done = begun
-    if begun.stage is not Stage.LENDING:
-        done = ledger.advance(begun.id, Stage.ACKNOWLEDGED, {"lost": lost}, _line(actor, 128))
-    revoked = {part["adapter"]: len(part["versions"]) for part in done.body["doomed"]}
-    return ForgetReport(done, revoked, lost, time.monotonic() - start)
+    def fence(
+        self,
+        subject: str,
+        adapters: Sequence[str] | None,
+        reason: str = "",
+        request: str = "",
+        serve_until_rebuilt: float = 0.0,
+        asked: Mapping[str, Any] | None = None,
+    ) -> Forget:
+        """The forget's transaction and the deletion of keys: durable, and followed up by the keeper. `asked` says where
+        a message that asked for it lies."""
+        begun = self._begin(subject, adapters, reason, request, asked, serve_until_rebuilt)
+        self._erase(begun)
+        return begun
+
+    def allow(self, subject: str, adapters: Sequence[str] | None, reason: str = "", request: str = "") -> list[str]:
+        """Let a subject be learned again from now on; the adapters concerned (`*`: all). `NotFound` when it was not
+        suppressed there; with a `request` id, so that a repeated request is no error, an empty list."""
+        hashed = _hashed(self._ledger, self._settings, subject)
+        reason = _line(_without(reason, subject))
+        lifted = self._ledger.allow(hashed, adapters, self._actor, reason, request or None)
+        if not lifted and not request:
+            where = "any adapter" if adapters is None else ", ".join(adapters)
+            raise NotFound(
+                f"The subject is not suppressed for {where}.",
+                "What was forgotten for all adapters is allowed for all adapters.",
+            )
+        self.tell(lifted)
+        return lifted
+
+    def tell(self, adapters: Iterable[str]) -> None:
+        """Wake whoever serves or trains these adapters."""
+        if self._wakeups is not None:
+            for adapter in adapters:
+                self._wakeups.send(self._settings.topics.releases, adapter)
+                self._wakeups.send(self._settings.topics.jobs, adapter)
+
+    def _begin(
+        self,
+        subject: str,
+        adapters: Sequence[str] | None,
+        reason: str,
+        request: str,
+        asked: Mapping[str, Any] | None,
+        serve_until_rebuilt: float,
+    ) -> Forget:
+        hashed = _hashed(self._ledger, self._settings, subject)
+        request = request or str(uuid.uuid4())
+        if _without(request, subject) != request:
+            raise BadInput(
+                "The request id names the subject, and would outlive it.", "Use one that says nothing of it."
+            )
+        if not 0 <= serve_until_rebuilt <= LONGEST_SECONDS:
+            raise BadInput("To serve until rebuilt has an end within a year.", "Give seconds, 0 to 31536000.")
+        until = later(now(), serve_until_rebuilt) if serve_until_rebuilt else ""
+        reason = _line(_without(reason, subject))
+        begun = self._ledger.forget(request, hashed, adapters, self._actor, reason, asked, until)
+        self.tell(begun.adapters)
+        return begun
+
+    def _erase(self, begun: Forget) -> None:
+        opened = self._keys or KeptOpen(self._settings)
+        try:
+            contents.erase(self._ledger, opened(self._ledger), begun)
+        except Unavailable as error:
+            log.warning("The keeper deletes the keys: %s", error)
+        finally:
+            if self._keys is None:
+                opened.close()
+
+    def _told(self, head: AdapterRecord) -> AdapterRecord:
+        self.tell([head.name])
+        return head
 
 
 def write_receipt(ledger: Ledger, settings: Settings, subject: str, adapters: Sequence[str] | None, path: Path) -> int:
@@ -211,94 +255,6 @@ def repair(ledger: Ledger, settings: Settings, progress: Callable[[str], None] |
             progress(f"{len(left)} adapters")
         time.sleep(_POLL_SECONDS)
     return len(heads)
-
-
-def fence(
-    ledger: Ledger,
-    settings: Settings,
-    subject: str,
-    adapters: Sequence[str] | None,
-    *,
-    actor: str,
-    reason: str = "",
-    request: str = "",
-    asked: Mapping[str, Any] | None = None,
-    serve_until_rebuilt: float = 0.0,
-    wakeups: Wakeups | None = None,
-    keys: KeptOpen | None = None,
-) -> Forget:
-    """The forget's transaction and the deletion of keys: durable, and followed up by the keeper. `asked` says where a
-    message that asked for it lies. Who forgets often gives the `keys`, kept open."""
-    begun = _begin(ledger, settings, subject, adapters, actor, reason, request, asked, serve_until_rebuilt, wakeups)
-    _erase(ledger, settings, begun, keys)
-    return begun
-
-
-def _begin(
-    ledger: Ledger,
-    settings: Settings,
-    subject: str,
-    adapters: Sequence[str] | None,
-    actor: str,
-    reason: str,
-    request: str,
-    asked: Mapping[str, Any] | None,
-    serve_until_rebuilt: float,
-    wakeups: Wakeups | None,
-) -> Forget:
-    hashed = _hashed(ledger, settings, subject)
-    request = request or str(uuid.uuid4())
-    if _without(request, subject) != request:
-        raise BadInput("The request id names the subject, and would outlive it.", "Use one that says nothing of it.")
-    if not 0 <= serve_until_rebuilt <= LONGEST_SECONDS:
-        raise BadInput("To serve until rebuilt has an end within a year.", "Give seconds, 0 to 31536000.")
-    until = later(now(), serve_until_rebuilt) if serve_until_rebuilt else ""
-    begun = ledger.forget(request, hashed, adapters, _line(actor, 128), _line(_without(reason, subject)), asked, until)
-    _tell(settings, wakeups, begun.adapters)
-    return begun
-
-
-def _erase(ledger: Ledger, settings: Settings, begun: Forget, keys: KeptOpen | None) -> None:
-    opened = keys or KeptOpen(settings)
-    try:
-        contents.erase(ledger, opened(ledger), begun)
-    except Unavailable as error:
-        log.warning("The keeper deletes the keys: %s", error)
-    finally:
-        if keys is None:
-            opened.close()
-
-
-def allow(
-    ledger: Ledger,
-    settings: Settings,
-    subject: str,
-    adapters: Sequence[str] | None,
-    *,
-    actor: str,
-    reason: str = "",
-    request: str = "",
-    wakeups: Wakeups | None = None,
-) -> list[str]:
-    """Let a subject be learned again from now on; the adapters concerned (`*`: all). `NotFound` when it was not
-    suppressed there; with a `request` id, so that a repeated request is no error, an empty list."""
-    hashed = _hashed(ledger, settings, subject)
-    lifted = ledger.allow(hashed, adapters, _line(actor, 128), _line(_without(reason, subject)), request or None)
-    if not lifted and not request:
-        where = "any adapter" if adapters is None else ", ".join(adapters)
-        raise NotFound(
-            f"The subject is not suppressed for {where}.",
-            "What was forgotten for all adapters is allowed for all adapters.",
-        )
-    _tell(settings, wakeups, lifted)
-    return lifted
-
-
-def _tell(settings: Settings, wakeups: Wakeups | None, adapters: Iterable[str]) -> None:
-    if wakeups is not None:
-        for adapter in adapters:
-            wakeups.send(settings.topics.releases, adapter)
-            wakeups.send(settings.topics.jobs, adapter)
 
 
 def _hashed(ledger: Ledger, settings: Settings, subject: str) -> str:

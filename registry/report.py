@@ -15,7 +15,7 @@ from riverdelta.core.recipe import Recipe
 from .certificate import Checked
 from .diff import Difference
 from .ledger import AdapterRecord, Fact, Forget, Hand, Ledger, Outcome, SegmentRecord, Stage, VersionRecord
-from .operations import ForgetReport, Progress
+from .operations import ForgetReport, Progress, told
 from .verify import Verified
 
 # What is printed is data: brackets in a reason are not markup. A pipe has room for whole lines.
@@ -49,7 +49,7 @@ def print_adapters(ledger: Ledger, as_json: bool) -> None:
                     for head in heads
                 ],
                 "forgets": [
-                    {**_forget(forget), **dict(zip(("rebuild", "left"), ledger.count_rebuild(forget), strict=True))}
+                    {**told(forget), **dict(zip(("rebuild", "left"), ledger.count_rebuild(forget), strict=True))}
                     for forget in forgets
                 ],
             }
@@ -132,12 +132,12 @@ def print_log(ledger: Ledger, name: str, after: int, as_json: bool) -> None:
 
 def print_forget(forget: Forget, report: ForgetReport, as_json: bool) -> None:
     """What a forget has done so far."""
-    entries = sum(part["entries"] for part in forget.body["doomed"])
+    held = told(forget)
     if as_json:
-        lost = {"lost_servers": report.lost, "seconds": round(report.seconds, 4)}
-        print_json({**_forget(forget), "revoked": report.revoked, "entries": entries, **lost})
+        print_json({**held, "lost_servers": report.lost, "seconds": round(report.seconds, 4)})
         return
-    gone = f"{many(entries, 'entry')} erased, {many(sum(report.revoked.values()), 'version')} revoked"
+    entries, versions = held["entries"], sum(map(len, held["revoked"].values()))
+    gone = f"{many(entries, 'entry')} erased, {many(versions, 'version')} revoked"
     if forget.stage is Stage.LENDING:
         lent = ", ".join(f"{name}@{version}" for name, (version, _) in forget.body["lent"].items())
         _out.print(
@@ -258,18 +258,6 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
-
-
-def _forget(forget: Forget) -> dict[str, Any]:
-    return {
-        "request": forget.id,
-        "stage": str(forget.stage),
-        "fence": forget.fence,
-        "at": forget.at,
-        "everywhere": forget.everywhere,
-        "adapters": sorted(forget.adapters),
-        "manifest": forget.body.get("manifest"),
-    }
 
 
 def _version(version: VersionRecord) -> dict[str, Any]:

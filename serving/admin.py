@@ -1,8 +1,7 @@
 """/admin: acts on the registry over HTTP, for callers with the admin role."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -10,13 +9,12 @@ from pydantic_core import PydanticCustomError
 
 from riverdelta.core.errors import NotFound, Refused
 from riverdelta.core.names import check_adapter
-from riverdelta.registry import operations
-from riverdelta.registry.ledger import AdapterRecord, Forget, Stage
+from riverdelta.registry.ledger import AdapterRecord
+from riverdelta.registry.operations import LONGEST_SECONDS, Operations, told
 
 from .api_keys import Caller
 from .server import Server
 
-T = TypeVar("T")
 Name = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 Reason = Annotated[str, StringConstraints(max_length=1000)]
 
@@ -54,7 +52,7 @@ class ForgetAct(SubjectAct):
     what learned from the subject until it is rebuilt."""
 
     request_id: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
-    serve_until_rebuilt: Annotated[float, Field(ge=0, le=operations.LONGEST_SECONDS)] = 0.0
+    serve_until_rebuilt: Annotated[float, Field(ge=0, le=LONGEST_SECONDS)] = 0.0
 
 
 class RollbackAct(_Act):
@@ -75,46 +73,48 @@ def routes(server: Server) -> APIRouter:
     """The admin endpoints. The envelope has checked the caller's role; what is another tenant's looks absent."""
     router = APIRouter(prefix="/admin", tags=["admin"])
 
-    async def act(asked: Request, work: Callable[..., T], *given: Any, **more: Any) -> T:
-        more |= {"actor": f"http:{asked.state.caller.name}", "wakeups": server.wakeups}
-        return await asyncio.to_thread(work, server.ledger, server.settings, *given, **more)
+    def acts(asked: Request) -> Operations:
+        actor = f"http:{asked.state.caller.name}"
+        return Operations(server.ledger, server.settings, actor, server.wakeups, server.key_store)
 
     @router.post("/forget")
     async def forget(body: ForgetAct, request: Request) -> dict[str, Any]:
         """Fence a subject off; answers when no server can produce a token from what learned from it."""
-        more: dict[str, Any] = {"reason": body.reason, "request": body.request_id or ""}
-        more |= {"serve_until_rebuilt": body.serve_until_rebuilt, "keys": server.key_store}
-        adapters = body.adapters(request.state.caller)
-        report = await act(request, operations.forget, body.subject, adapters, **more)
-        done = _forget(report.forget, request.state.caller)
-        return {**done, "lost_servers": report.lost, "seconds": round(report.seconds, 4)}
+        caller = request.state.caller
+        about = body.subject, body.adapters(caller), body.reason, body.request_id or "", body.serve_until_rebuilt
+        report = await asyncio.to_thread(acts(request).forget, *about)
+        return {**told(report.forget, caller.sees), "lost_servers": report.lost, "seconds": round(report.seconds, 4)}
 
     @router.get("/forgets/{request_id}")
     async def one_forget(request_id: str, request: Request) -> dict[str, Any]:
         """How far a forget has come: fenced, acknowledged, rebuilt, purged."""
         caller = request.state.caller
-        for procedure in await asyncio.to_thread(server.ledger.forgets):
-            if procedure.id == request_id and (caller.everything or any(map(caller.sees, procedure.adapters))):
-                return _forget(procedure, caller)
-        raise NotFound("There is no such forget.", "Give the request_id that the forget was asked for with.")
+        unknown = NotFound("There is no such forget.", "Give the request_id that the forget was asked for with.")
+        try:
+            held = await asyncio.to_thread(server.ledger.forget_of, request_id)
+        except NotFound as error:
+            raise unknown from error
+        if not caller.everything and not any(map(caller.sees, held.adapters)):
+            raise unknown
+        return told(held, caller.sees)
 
     @router.post("/allow")
     async def allow(body: SubjectAct, request: Request) -> dict[str, Any]:
         """Let a forgotten subject be learned again, from now on."""
         adapters = body.adapters(request.state.caller)
-        return {"allowed": await act(request, operations.allow, body.subject, adapters, reason=body.reason)}
+        return {"allowed": await asyncio.to_thread(acts(request).allow, body.subject, adapters, body.reason)}
 
     @router.post("/rollback")
     async def rollback(body: RollbackAct, request: Request) -> dict[str, Any]:
         """Move a release to an earlier version and hold it there."""
         name = _own(body.adapter, request.state.caller)
-        return _head(await act(request, operations.rollback, name, body.version, reason=body.reason))
+        return _head(await asyncio.to_thread(acts(request).rollback, name, body.version, body.reason))
 
     @router.post("/resume")
     async def resume(body: ResumeAct, request: Request) -> dict[str, Any]:
         """End a hold."""
         name = _own(body.adapter, request.state.caller)
-        return _head(await act(request, operations.resume, name, body.mode, reason=body.reason))
+        return _head(await asyncio.to_thread(acts(request).resume, name, body.mode, body.reason))
 
     return router
 
@@ -124,20 +124,6 @@ def _own(adapter: str, caller: Caller) -> str:
     if not caller.sees(name):
         raise NotFound(f"There is no adapter {name}.", "`riverdelta registry list` shows those there are.")
     return name
-
-
-def _forget(held: Forget, caller: Caller) -> dict[str, Any]:
-    """As far as it is about the caller's adapters."""
-    return {
-        "request_id": held.id,
-        "stage": held.stage,
-        "done": held.stage is Stage.PURGED,
-        "at": held.at,
-        "adapters": {name: epoch for name, epoch in held.adapters.items() if caller.sees(name)},
-        "revoked": {
-            part["adapter"]: part["versions"] for part in held.body.get("doomed", []) if caller.sees(part["adapter"])
-        },
-    }
 
 
 def _head(head: AdapterRecord) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_forgotten_by_command_rebuilt_purged_and_proved(river: River, tmp_path: 
     assert not river.files_with(name), "a subject is stored as a keyed hash only"
     receipt, more = str(tmp_path / "receipt.json"), ("--reason", f"{name} asked", "--request", "asked")
     told = river.read("registry", "forget", "--subject", name, "--adapter", "forget", "--receipt", receipt, *more)
-    assert told["revoked"] == {"forget": 2}
+    assert told["revoked"] == {"forget": [2, 3]}
     assert told["lost_servers"] == []
     refused = httpx.post(f"{river.url}/v1/completions", json={"model": "forget@2", "prompt": "x"})
     assert refused.status_code == 410

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from riverdelta.core.settings import Kafka, Registry, Settings
-from riverdelta.registry import operations
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.keystore import KeyStore
+from riverdelta.registry.operations import Operations
 from riverdelta.registry.verify import verify
 from tests.brokers import free_port, wait_for_port
 from tests.postgres import fresh
@@ -85,7 +85,7 @@ def test_learned_shown_forgotten_and_purged(scaled: Settings) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
     doomed = stack.ledger.version("acme", 2).digest
     stack.store.put("weights/left-by-a-crash.safetensors", b"x")
-    request = operations.forget(stack.ledger, scaled, "ann", ["acme"], actor="op").forget.id
+    request = Operations(stack.ledger, scaled, "op").forget("ann", ["acme"]).forget.id
     stack.train("acme")
     assert wait(lambda: not keeper.advance_forgets(), 60)
     keeper.projection.catch_up()
@@ -106,7 +106,7 @@ def test_keepers_killed_anywhere(scaled: Settings) -> None:
 
     dice = random.Random(5)
     stack = two_versions(scaled)
-    operations.forget(stack.ledger, scaled, "ann", ["acme"], actor="op", request="req")
+    Operations(stack.ledger, scaled, "op").forget("ann", ["acme"], request="req")
     stack.train("acme")
     environment = {
         **os.environ,

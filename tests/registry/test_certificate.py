@@ -17,6 +17,7 @@ from riverdelta.registry import operations
 from riverdelta.registry.certificate import check, check_stored, open_receipt
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import tables as t
+from riverdelta.registry.operations import Operations
 from riverdelta.registry.purge import PUBLIC_KEY, certificate_key
 from riverdelta.registry.signing import key_of, opened, sign
 from riverdelta.registry.verify import verify
@@ -34,7 +35,7 @@ class Issued(NamedTuple):
 
 def forget(stack: Stack, subject: str, request: str) -> bytes:
     """Forget a subject; the certificate."""
-    operations.forget(stack.ledger, stack.settings, subject, ["acme"], actor="op", request=request)
+    Operations(stack.ledger, stack.settings, "op").forget(subject, ["acme"], request=request)
     stack.train("acme")
     keeper = Keeper(stack.ledger, stack.settings, stack.store, orphan_seconds=0.0)
     while keeper.advance_forgets():
@@ -172,8 +173,8 @@ def test_every_changed_byte_of_a_manifest_is_found(issued: Issued) -> None:
 
 def test_the_time_of_the_fence_is_when_the_loan_was_called_in(tmp_path: Path) -> None:
     stack = two_versions(Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1")))
-    given = {"actor": "op", "request": "late", "serve_until_rebuilt": 600.0}
-    begun = operations.forget(stack.ledger, stack.settings, "ann", ["acme"], **given).forget
+    acts = Operations(stack.ledger, stack.settings, "op")
+    begun = acts.forget("ann", ["acme"], request="late", serve_until_rebuilt=600.0).forget
     keeper = Keeper(stack.ledger, stack.settings, stack.store, orphan_seconds=0.0)
     keeper.advance_forgets()
     stack.train("acme")

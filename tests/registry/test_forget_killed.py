@@ -11,11 +11,12 @@ import pytest
 
 from riverdelta.core.settings import Kafka, Settings
 from riverdelta.core.store import ObjectStore
-from riverdelta.registry import contents, operations
+from riverdelta.registry import contents
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger, Stage
 from riverdelta.registry.ledger.database import Database
+from riverdelta.registry.operations import Operations
 from riverdelta.registry.purge import certificate_key
 from riverdelta.registry.verify import verify
 from tests.registry.stack import Stack, two_versions
@@ -59,7 +60,7 @@ def procedure(given: dict[str, Any], kill_at: int) -> None:
     stack = Stack(settings)
     if kill_at >= 0:
         fused(kill_at)
-    operations.forget(stack.ledger, settings, "ann", ["acme"], actor="op", request="req")
+    Operations(stack.ledger, settings, "op").forget("ann", ["acme"], request="req")
     keeper = Keeper(stack.ledger, settings, stack.store, orphan_seconds=0.0)
     quiet: Any = Quiet()
     keeper._projection = quiet

@@ -24,6 +24,7 @@ from riverdelta.registry import contents, operations
 from riverdelta.registry.gc import collect
 from riverdelta.registry.keeper import Keeper, run
 from riverdelta.registry.ledger import Cause, Hand, Outcome, Stage
+from riverdelta.registry.operations import Operations, told
 from tests.registry.stack import Stack, two_versions, wait
 
 
@@ -158,7 +159,7 @@ def test_an_alias_moved_by_hand_is_an_operators_act(alone: Settings) -> None:
     assert stack.ledger.adapter("acme").release == 1
     assert stack.ledger.facts("acme")[-1].actor == "mlflow"
 
-    operations.forget(stack.ledger, alone, "ann", ["acme"], actor="op")
+    Operations(stack.ledger, alone, "op").forget("ann", ["acme"])
     projection.catch_up()
     if "2" in shown:
         mlflow.set_registered_model_alias("acme", "live", shown["2"])  # revoked now
@@ -229,8 +230,8 @@ def test_a_forget_is_rebuilt_and_purged(alone: Settings) -> None:
     dirty = traces(stack, 2, 2)
     assert all(scan(alone, trace) for trace in dirty.values())
     sealed, before = stack.ledger.segment("acme", 2), stack.ledger.manifest("acme", 2)
-    report = operations.forget(stack.ledger, alone, "ann", ["acme"], actor="op", reason="ann asked")
-    assert report.revoked == {"acme": 1}
+    report = Operations(stack.ledger, alone, "op").forget("ann", ["acme"], reason="ann asked")
+    assert told(report.forget)["revoked"] == {"acme": [2]}
     assert stack.ledger.segment("acme", 2) == replace(sealed, outcome=Outcome.AWAITING, version=None)
     with pytest.raises(NotFound):  # it is all still stored, and from here on nobody can read it
         contents.read_openings(stack.store, stack.keys, sealed, before)
@@ -254,7 +255,7 @@ def test_purge_waits_for_dataflow_and_trainers(alone: Settings) -> None:
     stack = two_versions(alone)
     keeper = keeper_of(stack)
     stack.ledger.take_lease("trainer-1", "trainer", 30.0)
-    report = operations.forget(stack.ledger, alone, "ann", ["acme"], actor="op")
+    report = Operations(stack.ledger, alone, "op").forget("ann", ["acme"])
     stack.train("acme")
     assert [forget.stage for forget in keeper.advance_forgets()] == [Stage.ACKNOWLEDGED]
     stack.ledger.renew_lease("trainer-1", report.forget.fence)
@@ -298,7 +299,7 @@ def test_a_keeper_killed_anywhere_ends_in_the_same_state(alone: Settings) -> Non
     rounds = 4 if os.environ.get("RIVERDELTA_SOAK") == "short" else 25
     dice = random.Random(11)
     stack = two_versions(alone)
-    operations.forget(stack.ledger, alone, "ann", ["acme"], actor="op", request="req")
+    Operations(stack.ledger, alone, "op").forget("ann", ["acme"], request="req")
     stack.train("acme")
     environment = {
         **os.environ,

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from riverdelta.core.settings import Kafka, Registry, Settings
-from riverdelta.registry import operations
 from riverdelta.registry.keeper import Keeper, run
 from riverdelta.registry.ledger import Stage
+from riverdelta.registry.operations import Operations
 from tests.brokers import free_port, wait_for_port
 from tests.registry.stack import two_versions, wait
 
@@ -69,7 +69,7 @@ def test_a_server_shows_the_ledger_and_is_purged(tmp_path: Path, server: Server)
     [kept] = (tmp_path / "kept").rglob(f"{held.run_id}/**/*.safetensors")
     assert kept.read_bytes() == stack.store.get(f"weights/{digest}.safetensors")
 
-    request = operations.forget(stack.ledger, settings, "ann", ["acme"], actor="op").forget.id
+    request = Operations(stack.ledger, settings, "op").forget("ann", ["acme"]).forget.id
     stack.train("acme")
     assert wait(lambda: not keeper.advance_forgets(), 30)
     keeper.projection.catch_up()
@@ -110,7 +110,7 @@ def test_a_server_that_goes_away_is_caught_up_with(
         stack.seal("acme", [("bob", "another")])
         stack.train("acme")
         assert wait(lambda: "MLflow is behind" in capfd.readouterr().err, 60)
-        forget = operations.forget(stack.ledger, settings, "ann", ["acme"], actor="op").forget
+        forget = Operations(stack.ledger, settings, "op").forget("ann", ["acme"]).forget
         stack.train("acme")
         assert wait(lambda: stack.ledger.forget_of(forget.id).stage is Stage.REBUILT, 60)
         server.start()

@@ -9,11 +9,12 @@ import pytest
 
 from riverdelta.core.settings import Kafka, Settings
 from riverdelta.core.store import ObjectStore
-from riverdelta.registry import contents, operations
+from riverdelta.registry import contents
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger.database import Database
 from riverdelta.registry.mlflow_store import MlflowStore
+from riverdelta.registry.operations import Operations
 from riverdelta.registry.verify import verify
 from tests.registry.stack import Stack, two_versions
 
@@ -88,7 +89,7 @@ def test_killed_before_any_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         first = stack.seal("acme", [("bob", f"kept-{subject}"), (subject, f"canary-{subject}")]).first
         stack.train("acme")
         projection.catch_up()
-        operations.forget(stack.ledger, settings, subject, ["acme"], actor="op", request=f"req{kill_at}")
+        Operations(stack.ledger, settings, "op").forget(subject, ["acme"], request=f"req{kill_at}")
         stack.train("acme")
         fuse.left = kill_at
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from riverdelta.registry import operations
+from riverdelta.registry.operations import Operations
 
 from .asking import Load
 from .conftest import eventually, small_settings
@@ -57,7 +57,7 @@ def test_no_token_is_later_than_its_fence(
                 if number == stop_at and count > 1:
                     paused = servers[0]
                     os.kill(paused.process.pid, signal.SIGSTOP)
-                report = operations.forget(hand.ledger, settings, subject, [adapter], actor="test")
+                report = Operations(hand.ledger, settings, "test").forget(subject, [adapter])
                 fenced[dirty] = time.monotonic()
                 assert len(report.lost) == (number == stop_at and count > 1)
                 if number == go_on_at and paused is not None:
