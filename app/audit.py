@@ -12,14 +12,15 @@ from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.shards import shard_of
 from riverdelta.core.store import ObjectStore
-from riverdelta.registry.belonging import key_store
+from riverdelta.registry.belonging import check_base, key_store
 from riverdelta.registry.ledger import Ledger, Line, SegmentRecord, VersionRecord
 from riverdelta.registry.ledger.decisions import lineage
 
 
 def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict[str, object]]:
     """Per adapter both digests, and `since`, the version that it was trained again from (0: the base). What a later
-    forget has superseded is left out: its entries cannot be read any more."""
+    forget has superseded is left out: its entries cannot be read any more. `Refused` with another base model than the
+    ledger's."""
     from riverdelta.core.base import resolve
     from riverdelta.trainer.base import Base
     from riverdelta.trainer.fingerprint import fingerprint
@@ -39,7 +40,9 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
         recipe = Recipe.from_dict(head.recipe)
         segments = [ledger.segment(name, each) for each in sorted(line.segments)]
         since, segments = _since(versions, number, segments, recipe)
-        base = base or Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
+        if base is None:
+            base = Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
+            check_base(ledger, base.digest)
         log = Log(ledger, store, keys, recipe)
         made = replay(
             base,

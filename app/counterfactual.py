@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from riverdelta.core.errors import Conflict, NotFound, Refused
-from riverdelta.core.keys import SubjectKey
 from riverdelta.core.printing import print_json
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.shards import shard_of
+from riverdelta.registry.belonging import check_base, subject_key
 from riverdelta.registry.ledger import Hand, Ledger
 from riverdelta.registry.ledger.decisions import Line
 from riverdelta.registry.report import print_replayed
@@ -123,8 +123,9 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
     )
 
 
-def train(settings: Settings, wanted: Plan, without: Collection[str], progress: Progress = lambda *_: None) -> Result:
-    """Train the plan from the base on, as one adapter alone, and compare."""
+def train(ledger: Ledger, settings: Settings, wanted: Plan, without: Collection[str], progress: Progress) -> Result:
+    """Train the plan from the base on, as one adapter alone, and compare; `Corrupt` or `Refused` where the subject key
+    or the base model is not the ledger's."""
     from riverdelta.core.base import resolve
     from riverdelta.trainer.base import Base
     from riverdelta.trainer.fingerprint import fingerprint
@@ -132,11 +133,14 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
     from riverdelta.trainer.replay import replay
 
     places = [at for segment in wanted.segments for at in segment]
+    key, trainer = subject_key(ledger, settings), settings.trainer
+    progress("loading the base model", 0, len(places))
+    base = Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
+    check_base(ledger, base.digest)
     progress("reading the events", 0, len(places))
     check_incarnation(settings, wanted.incarnations)
     recipe = Recipe.from_dict(wanted.recipe)
     lessons = read_lessons(settings, wanted.adapter, places, recipe)
-    key = SubjectKey.open(settings.keys_dir)
     until = {subject: wanted.allowed.get(key.subject(subject), math.inf) for subject in without}
     left_out = {
         at
@@ -145,9 +149,6 @@ def train(settings: Settings, wanted: Plan, without: Collection[str], progress: 
         or (lesson.written_by and (lesson.written_by in wanted.revoked or at in wanted.written_off))
         or any(wanted.indexes[at] < until.get(subject, 0) for subject in lesson.subjects)
     }
-    trainer = settings.trainer
-    progress("loading the base model", 0, len(places))
-    base = Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
     segments = [
         without_near_duplicates(
             [None if at in left_out else lessons[at].content for at in segment],
@@ -199,9 +200,8 @@ def run(settings: Settings, adapter: str, without: Collection[str]) -> dict[str,
 
     ledger = open_ledger(settings)
     try:
-        wanted = plan(ledger, adapter)
+        with progress(Console(stderr=True)) as show:
+            result = train(ledger, settings, plan(ledger, adapter), without, show)
     finally:
         ledger.close()
-    with progress(Console(stderr=True)) as show:
-        result = train(settings, wanted, without, show)
     return {**asdict(result), "without": list(without), "equal": result.equal}

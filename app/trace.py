@@ -9,9 +9,9 @@ import msgspec
 import typer
 
 from riverdelta.core.errors import NotFound
-from riverdelta.core.keys import SubjectKey
 from riverdelta.core.printing import print_json
 from riverdelta.core.settings import Settings
+from riverdelta.registry.belonging import subject_key
 from riverdelta.registry.ledger import Gap, Ledger, ManifestEntry
 from riverdelta.registry.ledger.decisions import lineage
 
@@ -61,7 +61,7 @@ def trace(settings: Settings, event: str, source: str, adapter: str, as_json: bo
 def find(ledger: Ledger, settings: Settings, event: str, source: str = "", adapter: str = "") -> Iterator[Trace]:
     """Every entry that an event became. `event` is a producer's id or PARTITION:OFFSET."""
     at = re.fullmatch(r"(\d+):(\d+)", event)
-    hashed = SubjectKey.open(settings.keys_dir).event(source, event)
+    hashed = b"" if at else subject_key(ledger, settings).event(source, event)
 
     def matches(entry: ManifestEntry) -> bool:
         if at is not None:
