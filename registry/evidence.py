@@ -125,5 +125,9 @@ def _residual(facts: list[Fact]) -> dict[str, Any]:
         "boundaries": [
             [fact.body["first"], fact.body["count"], fact.body["trigger"]] for fact in facts if fact.kind == "sealed"
         ],
-        "acts": [{"seq": fact.seq, "kind": fact.kind, "at": fact.at} for fact in facts if fact.kind in _ACTS],
+        "acts": [
+            {"seq": fact.seq, "kind": fact.kind, "index": fact.body["index"], "at": fact.at}
+            for fact in facts
+            if fact.kind in _ACTS
+        ],
     }

@@ -1,5 +1,6 @@
 """Certificates: what each of three readers finds, and every changed byte detected and named."""
 
+import base64
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from riverdelta.core.settings import Kafka, Settings
 from riverdelta.registry import operations
 from riverdelta.registry.certificate import check, check_stored, open_receipt
 from riverdelta.registry.keeper import Keeper
+from riverdelta.registry.ledger import Hand
 from riverdelta.registry.ledger import tables as t
 from riverdelta.registry.operations import Operations
 from riverdelta.registry.purge import PUBLIC_KEY, certificate_key
@@ -208,3 +210,22 @@ def test_superseded_is_not_tampered(tmp_path: Path) -> None:
     assert check_stored(stack.ledger, later, sha256(second)) == ([], [])
     assert later["predicate"]["previous"] == stack.ledger.forget_of("first").body["certificate_sha"]
     assert os.stat(stack.settings.keys_dir / "certificates.key").st_mode & 0o077 == 0
+
+
+def test_operators_acts_are_named_each_at_its_index(tmp_path: Path) -> None:
+    stack = two_versions(Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1")))
+    acts = Operations(stack.ledger, stack.settings, "op")
+    forget(stack, "ann", "first")
+    acts.rollback("acme", 1)
+    acts.resume("acme", "tip")
+    stack.seal("acme", [("cy", "three"), ("di", "four")])
+    acts.allow("ann", ["acme"])
+    acts.decide("acme", 3, Hand.DISCARD)
+    told = json.loads(forget(stack, "di", "second"))
+    [adapter] = json.loads(base64.b64decode(told["payload"]))["predicate"]["adapters"]
+    assert [(each["kind"], each["index"]) for each in adapter["residual"]["acts"]] == [
+        ("rollback", 4),
+        ("resume", 4),
+        ("allow", 6),
+        ("by_hand", 6),
+    ]
