@@ -385,15 +385,11 @@ def import_(
 ) -> None:
     """Make a LoRA trained elsewhere version 1 of a new adapter, which learns on from there."""
     from riverdelta.core.base import resolve
-    from riverdelta.core.store import ObjectStore
 
-    from .peft_io import base_linears, import_folder
     from .report import print_adapter
 
     with _acting(config, data, actor, make=True) as (settings, ledger, acts):
-        linears = base_linears(resolve(base or settings.base or settings.running().get("base", "")))
-        import_folder(ledger, ObjectStore(settings.store_url), name, folder, linears, _actor(actor), reason)
-        acts.tell([name])
+        acts.import_folder(name, folder, resolve(base or settings.base or settings.running().get("base", "")), reason)
         print_adapter(ledger, name, as_json)
 
 

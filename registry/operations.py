@@ -88,6 +88,14 @@ class Operations:
         """Make an adapter. It answers as the base until it has learned."""
         return self._told(self._ledger.create(adapter, recipe, self._actor, _line(reason)))
 
+    def import_folder(self, adapter: str, folder: Path, base: Path, reason: str = "") -> AdapterRecord:
+        """Make a LoRA that was trained elsewhere, for the base model in `base`, version 1 of a new adapter."""
+        from .peft_io import base_linears, import_folder  # torch: only who imports waits for it
+
+        store = ObjectStore(self._settings.store_url)
+        import_folder(self._ledger, store, adapter, folder, base_linears(base), self._actor, _line(reason))
+        return self._told(self._ledger.adapter(adapter))
+
     def rollback(self, adapter: str, version: int | None, reason: str = "") -> AdapterRecord:
         """Move the release to an earlier version (None: the released one's parent; 0: the base) and hold it there."""
         return self._told(self._ledger.rollback(adapter, version, self._actor, _line(reason)))
@@ -158,10 +166,10 @@ class Operations:
                 f"The subject is not suppressed for {where}.",
                 "What was forgotten for all adapters is allowed for all adapters.",
             )
-        self.tell(lifted)
+        self._wake(lifted)
         return lifted
 
-    def tell(self, adapters: Iterable[str]) -> None:
+    def _wake(self, adapters: Iterable[str]) -> None:
         """Wake whoever serves or trains these adapters."""
         if self._wakeups is not None:
             for adapter in adapters:
@@ -188,7 +196,7 @@ class Operations:
         until = later(now(), serve_until_rebuilt) if serve_until_rebuilt else ""
         reason = _line(_without(reason, subject))
         begun = self._ledger.forget(request, hashed, adapters, self._actor, reason, asked, until)
-        self.tell(begun.adapters)
+        self._wake(begun.adapters)
         return begun
 
     def _erase(self, begun: Forget) -> None:
@@ -202,7 +210,7 @@ class Operations:
                 opened.close()
 
     def _told(self, head: AdapterRecord) -> AdapterRecord:
-        self.tell([head.name])
+        self._wake([head.name])
         return head
 
 

@@ -22,6 +22,7 @@ from riverdelta.core.store import ObjectStore, weights_key
 from riverdelta.registry import contents
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Cause, Increment, Ledger, Manifest, ManifestEntry, Seal, Stage
+from riverdelta.registry.peft_io import write_peft_folder
 
 NAMES = ("ann", "bob")
 
@@ -310,6 +311,21 @@ def test_export_can_be_imported_where_it_fits(data: Path, tmp_path: Path, tiny_b
     assert refused.returncode == 6  # the base's q_proj has other features
     assert "features" in refused.stderr
     assert run(data, "show", "new").returncode == 3
+
+
+def test_an_import_is_told_as_every_act_is(data: Path, tmp_path: Path, tiny_base: Path) -> None:
+    """What stands in the journal has no control characters, and fits the ledger's columns."""
+    import torch
+
+    site = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    tensors = {f"{site}A.weight": torch.ones(2, 64), f"{site}B.weight": torch.ones(64, 2)}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    write_peft_folder(tmp_path / "out", *weights.encode(config, tensors))
+    who, why = "op\n" + "x" * 200, "moved\x1b[2Jhere"
+    done = run(data, "import", "new", str(tmp_path / "out"), "--base", str(tiny_base), "--actor", who, "--reason", why)
+    assert done.returncode == 0, done.stderr
+    [fact] = [each for each in as_json(data, "log", "new") if each["kind"] == "imported"]
+    assert (fact["actor"], fact["reason"]) == ("op " + "x" * 125, "moved [2Jhere")
 
 
 def test_an_export_comes_back_as_it_was_unless_it_was_revoked(data: Path, tmp_path: Path) -> None:
