@@ -86,7 +86,7 @@ class Forgetting(Lending):
             for name in heads if adapters is not None else [EVERYWHERE]:
                 self._suppress(c, name, subject)
             digests = {digest for part in doomed for digest in part["digests"]}
-            digests -= self._clean_digests(c, digests, {}) | {digest for _, digest in lent.values()}
+            digests = self._only_revoked(c, digests) - {digest for _, digest in lent.values()}
             at, fence = now(), self._last_fence(c) + 1
             c.execute(t.fences.insert().values(number=fence, at=at, digests=sorted(digests)))
             forget = Forget(
@@ -131,10 +131,7 @@ class Forgetting(Lending):
 
     def _reach(self, c: sa.Connection, subject: str, names: Collection[str]) -> tuple[dict[str, _Reach], set[str]]:
         """The segments that hold the subject or, to a fixed point, text that a version written off here wrote;
-        with the digests of those versions.
-
-        Equal weights may be a clean version's too (nothing learned between): their text is the clean version's.
-        """
+        with the digests that only those versions have."""
         reaches: dict[str, _Reach] = {}
         found = [pair for pair in self._mentioning(c, {subject}) if pair[0] in names]
         writers: set[str] = set()
@@ -146,7 +143,7 @@ class Forgetting(Lending):
             for reach in reaches.values():
                 reach.dirty = decisions.dirty_versions(reach.versions, reach.touched)
             digests = {reach.versions[v].digest for reach in reaches.values() for v in reach.dirty}
-            writers = digests - self._clean_digests(c, digests, {name: r.dirty for name, r in reaches.items()})
+            writers = self._only_revoked(c, digests, {name: reach.dirty for name, reach in reaches.items()})
             found = [
                 (name, segment)
                 for name, segment in self._mentioning(c, writers)
@@ -194,15 +191,6 @@ class Forgetting(Lending):
             "rebuild": [segment.number for segment in change.segments],
             "clean": {"version": clean, "digest": versions[clean].digest if clean else ""},
         }
-
-    def _clean_digests(self, c: sa.Connection, digests: Iterable[str], dirty: Mapping[str, set[int]]) -> set[str]:
-        """Those of the digests that some version has that is neither revoked nor dirty."""
-        v = t.versions.c
-        clean = set()
-        for chunk in chunks(sorted(digests)):
-            query = sa.select(v.digest, v.adapter, v.number).where(v.digest.in_(chunk), v.revoked.is_(False))
-            clean |= {digest for digest, name, number in c.execute(query) if number not in dirty.get(name, ())}
-        return clean
 
     def _mentioning(self, c: sa.Connection, mentions: Iterable[str]) -> list[tuple[str, int]]:
         m = t.mentions.c
@@ -352,7 +340,7 @@ class Forgetting(Lending):
         v = t.versions.c
         with self.db.read() as c:
             revoked = set(c.execute(sa.select(v.digest).where(v.revoked.is_(True))).scalars())
-            return frozenset(revoked - self._clean_digests(c, revoked, {}))
+            return frozenset(self._only_revoked(c, revoked))
 
 
 def _the_same(held: Forget, subject: str, adapters: Sequence[str] | None) -> Forget:

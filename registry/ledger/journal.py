@@ -1,6 +1,6 @@
 """Inside a ledger transaction: read an adapter's state, and apply a decided change to it with its facts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -192,6 +192,20 @@ class Journal:
         if held is None:
             raise NotFound(f"{adapter} has no segment {number}.", f"`riverdelta registry log {adapter}` lists them.")
         return Manifest.unpack(held)
+
+    def _only_revoked(
+        self, c: sa.Connection, digests: Collection[str], dirty: Mapping[str, Collection[int]] | None = None
+    ) -> set[str]:
+        """Those of the weights' digests that versions have and no clean one does: each is revoked, or `dirty`, about to
+        be, by adapter and number. Equal weights may be a clean version's too (nothing learned between): they and their
+        text are the clean version's."""
+        v, dirty = t.versions.c, dirty or {}
+        held, clean = set[str](), set[str]()
+        for chunk in chunks(sorted(digests)):
+            query = sa.select(v.digest, v.revoked, v.adapter, v.number).where(v.digest.in_(chunk))
+            for digest, revoked, adapter, number in c.execute(query):
+                (held if revoked or number in dirty.get(adapter, ()) else clean).add(digest)
+        return held - clean
 
     def _versions(self, c: sa.Connection, adapter: str) -> dict[int, VersionRecord]:
         rows = c.execute(sa.select(t.versions).where(t.versions.c.adapter == adapter))

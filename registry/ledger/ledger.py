@@ -315,9 +315,7 @@ class Ledger(Sealing, Claims, Forgetting):
         a forget has revoked those very weights."""
         with self.db.write() as c:
             head = self._create(c, name, recipe, actor, reason, None)
-            v = t.versions.c
-            same = list(c.execute(sa.select(v.revoked).where(v.digest == digest)).scalars())
-            if same and all(same):
+            if self._only_revoked(c, {digest}):
                 raise Refused(
                     f"The weights {digest[:12]} are revoked: they saw what was since forgotten.",
                     "Import an adapter that did not.",

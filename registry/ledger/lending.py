@@ -62,11 +62,8 @@ class Lending(Leases):
         if not ended:
             return
         digests = {digest for each in ended for _, digest in held[each].body["lent"].values()}
-        v = t.versions.c
-        clean = sa.select(v.digest).where(v.digest.in_(digests), v.revoked.is_(False))
-        digests -= set(c.execute(clean).scalars())
         fence, at = self._last_fence(c) + 1, now()
-        c.execute(t.fences.insert().values(number=fence, at=at, digests=sorted(digests)))
+        c.execute(t.fences.insert().values(number=fence, at=at, digests=sorted(self._only_revoked(c, digests))))
         for each in sorted(ended):
             body = {**held[each].body, "fenced_at": at}
             moved = t.forgets.update().where(t.forgets.c.id == each)

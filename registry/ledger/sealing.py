@@ -66,7 +66,9 @@ class Sealing(Journal):
             batch = _Batch(actor)
             for names in chunks(sorted({seal.adapter for seal in seals})):
                 self._read(c, batch, names)
-            self._read_writers(c, batch, seals)
+            # An adapter that has nothing yet of what a version wrote kept its epoch when that was revoked.
+            written = {e.written_by for seal in seals for e in seal.manifest.entries if not e.tombstone} - {""}
+            batch.revoked = self._only_revoked(c, written)
             done = [batch.decide(seal) for seal in seals]
             self._write(c, batch)
             if look is not None:
@@ -84,15 +86,6 @@ class Sealing(Journal):
             batch.chains[row.name] = row.chain
         for row in c.execute(sa.select(t.consumed).where(t.consumed.c.adapter.in_(names))):
             batch.consumed[row.adapter, row.incarnation, row.partition] = row.next_offset
-
-    def _read_writers(self, c: sa.Connection, batch: "_Batch", seals: Sequence[Seal]) -> None:
-        """Which weights that wrote live entries are revoked by now: an adapter that has nothing of theirs yet kept its
-        epoch when they were."""
-        written = {e.written_by for seal in seals for e in seal.manifest.entries if e.written_by and not e.tombstone}
-        v = t.versions.c
-        for chunk in chunks(sorted(written)):
-            some = list(c.execute(sa.select(v.digest, v.revoked).where(v.digest.in_(chunk)).distinct()))
-            batch.revoked |= {row.digest for row in some if row.revoked} - {r.digest for r in some if not r.revoked}
 
     def _write(self, c: sa.Connection, batch: "_Batch") -> None:
         if not batch.segments:
