@@ -7,6 +7,7 @@ from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.settings import Settings
 from riverdelta.core.times import later, now
 
+from .kafka_retention import retention
 from .ledger import Fact, Forget, Ledger, Line
 
 # Acts of operators shape what is learned, and are kept when what was learned is replayed.
@@ -19,11 +20,16 @@ def kafka_still_holds(
     """Where Kafka may hold what was erased (incarnation, partition, offset, time of sealing), and until when: topic,
     incarnation, partition, offsets.
 
-    `removable_at` is when retention may remove the last of it; Kafka does so with the whole of a log file, once that is
-    closed. A control message that asked for the forget holds the subject's plain name.
+    `removable_at` is when retention may remove the last of it, as the topic is set now; None where it never does, or
+    Kafka does not say. Kafka removes the whole of a log file, once that is closed. A control message that asked for the
+    forget holds the subject's plain name.
     """
-    topics = settings.topics
-    kept = 3600 * topics.retention_hours
+    topics, asked = settings.topics, forget.body.get("asked")
+    kept = retention(settings, {topics.events, topics.dead_letters, *([asked["topic"]] if asked else [])})
+
+    def removable_at(topic: str, at: str) -> str | None:
+        return later(at, kept[topic]) if topic in kept else None
+
     places: dict[tuple[str, int], set[int]] = defaultdict(set)
     last: dict[tuple[str, int], str] = defaultdict(str)
     for incarnation, partition, offset, sealed_at in erased:
@@ -36,7 +42,7 @@ def kafka_still_holds(
             "incarnation": incarnation,
             "partition": partition,
             "offsets": sorted(offsets),
-            "removable_at": later(last[incarnation, partition], kept),
+            "removable_at": removable_at(topics.events, last[incarnation, partition]),
         }
         for (incarnation, partition), offsets in sorted(places.items())
     ]
@@ -44,12 +50,12 @@ def kafka_still_holds(
         {
             "topic": topics.dead_letters,
             "offsets": None,  # records that were not events are not read again: whose they are is not known
-            "removable_at": later(forget.at, kept),
+            "removable_at": removable_at(topics.dead_letters, forget.at),
         }
     )
-    if asked := forget.body.get("asked"):
+    if asked:
         told = {key: value for key, value in asked.items() if key != "offset"}
-        held.append({**told, "offsets": [asked["offset"]], "removable_at": later(forget.at, kept)})
+        held.append({**told, "offsets": [asked["offset"]], "removable_at": removable_at(asked["topic"], forget.at)})
     return held
 
 

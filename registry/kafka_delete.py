@@ -4,12 +4,13 @@ Kafka deletes only what lies below an offset. On the control topic that may go: 
 carried out has been carried out too. On the events topic others' events lie below, which stay until retention.
 """
 
-import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from riverdelta.core.settings import Settings
+
+from .kafka_admin import admin
 
 log = logging.getLogger(__name__)
 _TIMEOUT_MS = 10_000
@@ -20,16 +21,16 @@ def delete_request(settings: Settings, asked: Mapping[str, Any]) -> bool:
 
     A cluster that is away, does not let this client, or knows no DeleteRecords leaves it to retention.
     """
-    from kafka import KafkaAdminClient, TopicPartition
+    from kafka import TopicPartition
     from kafka.errors import KafkaError
 
     place = TopicPartition(asked["topic"], asked["partition"])
     try:
-        with contextlib.closing(KafkaAdminClient(**settings.kafka.for_kafka_python())) as admin:
-            [topic] = admin.describe_topics([asked["topic"]])
+        with admin(settings) as client:
+            [topic] = client.describe_topics([asked["topic"]])
             if f"{topic['topic_id']}" != asked["incarnation"]:
                 return True  # it went with the topic
-            admin.delete_records({place: asked["offset"] + 1}, timeout_ms=_TIMEOUT_MS)
+            client.delete_records({place: asked["offset"] + 1}, timeout_ms=_TIMEOUT_MS)
     except (KafkaError, OSError, ValueError, KeyError) as error:
         log.warning("Retention removes the request that asked: Kafka does not delete it (%r)", error)
         return False

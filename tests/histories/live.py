@@ -22,7 +22,7 @@ from riverdelta.app.raw_log import places_of
 from riverdelta.core.digests import sha256
 from riverdelta.core.errors import Conflict, Refused
 from riverdelta.core.recipe import Recipe
-from riverdelta.core.settings import Kafka, Settings
+from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry import contents
 from riverdelta.registry.keystore import KeyStore
@@ -65,7 +65,7 @@ class River(World):
 
     def __init__(self, rng: random.Random, folder: Path) -> None:
         self.folder = folder
-        self.real = Settings.read(data=folder / "data", kafka=Kafka(bootstrap="127.0.0.1:1"))
+        self.real = Settings(data=folder / "data")
         ledger = Ledger.open(self.real.ledger_url)
         super().__init__(rng, ledger, ObjectStore(self.real.store_url), KeyStore.open(self.real), window=WINDOW)
         self.parts = {0: [], 1: []}

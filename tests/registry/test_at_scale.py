@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from riverdelta.core.settings import Kafka, Registry, Settings
+from riverdelta.core.settings import Registry, Settings
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.operations import Operations
@@ -66,7 +66,7 @@ def scaled(tmp_path: Path, server: str, s3: str) -> Iterator[Settings]:  # noqa:
     try:
         wait_for_port(f"127.0.0.1:{port}", 180)
         registry = Registry(ledger=fresh(server), mlflow=f"http://127.0.0.1:{port}", store="s3://river/store")
-        yield Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1"), registry=registry)
+        yield Settings(data=tmp_path / "data", registry=registry)
     finally:
         process.terminate()
         process.wait(30)
@@ -111,7 +111,7 @@ def test_keepers_killed_anywhere(scaled: Settings) -> None:
     environment = {
         **os.environ,
         "RIVERDELTA_DATA": str(scaled.data),
-        "RIVERDELTA_KAFKA__BOOTSTRAP": "127.0.0.1:1",
+        "KAFKA_BOOTSTRAP_SERVERS": "",
         "RIVERDELTA_REGISTRY__LEDGER": scaled.ledger_url,
         "RIVERDELTA_REGISTRY__MLFLOW": scaled.mlflow_uri,
         "RIVERDELTA_REGISTRY__STORE": scaled.store_url,

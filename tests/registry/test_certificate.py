@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.errors import BadInput, Corrupt
-from riverdelta.core.settings import Kafka, Settings
+from riverdelta.core.settings import Settings
 from riverdelta.registry import operations
 from riverdelta.registry.certificate import check, check_stored, open_receipt
 from riverdelta.registry.keeper import Keeper
@@ -48,7 +48,7 @@ def forget(stack: Stack, subject: str, request: str) -> bytes:
 @pytest.fixture(scope="module")
 def issued(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Issued]:
     folder = tmp_path_factory.mktemp("issued")
-    stack = two_versions(Settings.read(data=folder / "data", kafka=Kafka(bootstrap="127.0.0.1:1")))
+    stack = two_versions(Settings(data=folder / "data"))
     operations.write_receipt(stack.ledger, stack.settings, "ann", ["acme"], folder / "receipt.json")
     data = forget(stack, "ann", "req")
     yield Issued(stack, (folder / "receipt.json").read_bytes(), data, stack.store.get(PUBLIC_KEY))
@@ -174,7 +174,7 @@ def test_every_changed_byte_of_a_manifest_is_found(issued: Issued) -> None:
 
 
 def test_the_time_of_the_fence_is_when_the_loan_was_called_in(tmp_path: Path) -> None:
-    stack = two_versions(Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1")))
+    stack = two_versions(Settings(data=tmp_path / "data"))
     acts = Operations(stack.ledger, stack.settings, "op")
     begun = acts.forget("ann", ["acme"], request="late", serve_until_rebuilt=600.0).forget
     keeper = Keeper(stack.ledger, stack.settings, stack.store, orphan_seconds=0.0)
@@ -197,7 +197,7 @@ def test_the_time_of_the_fence_is_when_the_loan_was_called_in(tmp_path: Path) ->
 
 
 def test_superseded_is_not_tampered(tmp_path: Path) -> None:
-    stack = two_versions(Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1")))
+    stack = two_versions(Settings(data=tmp_path / "data"))
     stack.seal("acme", [("cat", "canary-cat"), ("bob", "more")])
     stack.train("acme")
     first = forget(stack, "ann", "first")
@@ -213,7 +213,7 @@ def test_superseded_is_not_tampered(tmp_path: Path) -> None:
 
 
 def test_operators_acts_are_named_each_at_its_index(tmp_path: Path) -> None:
-    stack = two_versions(Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1")))
+    stack = two_versions(Settings(data=tmp_path / "data"))
     acts = Operations(stack.ledger, stack.settings, "op")
     forget(stack, "ann", "first")
     acts.rollback("acme", 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from riverdelta.core.settings import Kafka, Settings
+from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry import contents
 from riverdelta.registry.keeper import Keeper
@@ -80,7 +80,7 @@ def run(settings: Settings, kill_at: int = -1) -> int | None:
 
 def begun(folder: Path) -> Settings:
     """`acme` with two versions, of which the second saw ann."""
-    settings = Settings.read(data=folder / "data", kafka=Kafka(bootstrap="127.0.0.1:1"))
+    settings = Settings(data=folder / "data")
     stack = two_versions(settings)
     stack.ledger.close()
     stack.keys.close()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from riverdelta.core.errors import Refused
-from riverdelta.core.settings import Kafka, Settings
+from riverdelta.core.settings import Settings
 from riverdelta.core.times import later, now
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import Forget, Stage
@@ -15,7 +15,7 @@ from tests.registry.stack import Stack, two_versions, wait
 @pytest.fixture
 def stack(tmp_path: Path) -> Stack:
     """`acme` with two versions, of which the second saw ann; nobody else at work."""
-    return two_versions(Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1")))
+    return two_versions(Settings(data=tmp_path / "data"))
 
 
 def lend(stack: Stack, request: str = "req", seconds: float = 600.0, subject: str = "ann") -> Forget:

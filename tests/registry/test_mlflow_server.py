@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from riverdelta.core.settings import Kafka, Registry, Settings
+from riverdelta.core.settings import Registry, Settings
 from riverdelta.registry.keeper import Keeper, run
 from riverdelta.registry.ledger import Stage
 from riverdelta.registry.operations import Operations
@@ -56,9 +56,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 def test_a_server_shows_the_ledger_and_is_purged(tmp_path: Path, server: Server) -> None:
     from mlflow.tracking import MlflowClient
 
-    settings = Settings.read(
-        data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1"), registry=Registry(mlflow=server.url)
-    )
+    settings = Settings(data=tmp_path / "data", registry=Registry(mlflow=server.url))
     stack = two_versions(settings)
     keeper = Keeper(stack.ledger, settings, stack.store, orphan_seconds=0.0)
     assert keeper.projection.catch_up() == ["acme"]
@@ -91,9 +89,7 @@ def test_a_server_that_goes_away_is_caught_up_with(
     from mlflow.tracking import MlflowClient
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # MLflow's own patience is minutes long
-    settings = Settings.read(
-        data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1"), registry=Registry(mlflow=server.url)
-    )
+    settings = Settings(data=tmp_path / "data", registry=Registry(mlflow=server.url))
     stack = two_versions(settings)
     mlflow = MlflowClient(tracking_uri=server.url, registry_uri=server.url)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from riverdelta.core.settings import Kafka, Settings
+from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry import contents
 from riverdelta.registry.keeper import Keeper
@@ -73,13 +73,13 @@ def seen(stack: Stack, request: str, first: int) -> dict[str, Any]:
         "payloads": len(manifest["payloads"]),
         "rebuilt": rebuilt["version"] - revoked["version"],
         "purged": (version.purged, version.metrics, stack.store.exists(f"weights/{version.digest}.safetensors")),
-        "kafka": [place["topic"] for place in manifest["kafka"]],
+        "kafka": [(place["topic"], place["removable_at"]) for place in manifest["kafka"]],
         "left in MLflow": manifest["mlflow_gc_needed"],
     }
 
 
 def test_killed_before_any_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1"))
+    settings = Settings(data=tmp_path / "data")
     stack = two_versions(settings)
     projection = Keeper(stack.ledger, settings, stack.store).projection
     fuse = Fuse(monkeypatch)
