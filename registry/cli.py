@@ -225,7 +225,8 @@ def forget(
     data: Data = None,
 ) -> None:
     """Forget a subject. Returns once no server can answer from what saw it; rebuild and purge follow by themselves.
-    With --serve-until-rebuilt it returns at once, and servers answer as before until the rebuild or the deadline."""
+    With --serve-until-rebuilt servers keep the releases that they have until the rebuild or the deadline, and it
+    returns once they have let go of everything else."""
     from . import operations
     from .report import print_forget, telling, waiting
 
@@ -237,7 +238,7 @@ def forget(
             report = acts.forget(subject, adapters, reason, request, serve_until_rebuilt, progress)
         done = report.forget
         if wait:
-            with telling("Fenced; rebuild and purge") as tell:
+            with telling("Rebuild and purge") as tell:
                 done = operations.await_purge(ledger, done.id, tell)
         print_forget(done, report, as_json)
 

@@ -38,7 +38,7 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]+")
 
 @dataclass(frozen=True)
 class ForgetReport:
-    """What a forget has done so far: all servers have carried out the fence; rebuild and purge follow by themselves.
+    """What a forget has done so far: all servers have carried out its fence; what is left follows by itself.
 
     `lost` names the servers that were given up for lost, `seconds` is the time from the request to the last
     acknowledgement.
@@ -126,8 +126,8 @@ class Operations:
 
         `progress` is called with the leases that are still waited for. A `request` id seen before starts nothing new
         and gives the procedure as it stands. With `serve_until_rebuilt`, servers go on answering with the releases
-        that they have until those are rebuilt, or for so many seconds at most; then the keeper fences, and nobody
-        waits.
+        that they have until those are rebuilt, or for so many seconds at most: all other versions that saw the subject
+        are waited for here, and the keeper fences these later.
         """
         start = time.monotonic()
         begun = self._begin(subject, adapters, reason, request, None, serve_until_rebuilt)

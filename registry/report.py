@@ -140,15 +140,12 @@ def print_forget(forget: Forget, report: ForgetReport, as_json: bool) -> None:
     gone = f"{many(entries, 'entry')} erased, {many(versions, 'version')} revoked"
     if forget.stage is Stage.LENDING:
         lent = ", ".join(f"{name}@{version}" for name, (version, _) in forget.body["lent"].items())
+        _out.print(f"{gone}. Servers go on with {lent} until the rebuild, at the latest until {forget.body['until']}.")
+    else:
         _out.print(
-            f"{gone}. Servers go on with {lent} until the rebuild, "
-            f"at the latest until {forget.body['until']}; `riverdelta registry list` shows request {forget.id}."
+            f"Fenced in {report.seconds:.2f} s: no server answers from what saw the subject. "
+            f"{gone}, in {many(len(forget.adapters), 'adapter')}."
         )
-        return
-    _out.print(
-        f"Fenced in {report.seconds:.2f} s: no server answers from what saw the subject. "
-        f"{gone}, in {many(len(forget.adapters), 'adapter')}."
-    )
     if not entries:
         _out.print("No entry names this subject: check the spelling, if it should have any.")
     for holder in report.lost:
@@ -156,7 +153,8 @@ def print_forget(forget: Forget, report: ForgetReport, as_json: bool) -> None:
     if forget.stage is Stage.PURGED:
         _out.print(f"Rebuilt and purged; certified by {forget.body['certificate']} in the object store.")
     else:
-        _out.print(f"Rebuild and purge follow by themselves; `riverdelta registry list` shows request {forget.id}.")
+        left = "Rebuild, fence and purge" if forget.stage is Stage.LENDING else "Rebuild and purge"
+        _out.print(f"{left} follow by themselves; `riverdelta registry list` shows request {forget.id}.")
 
 
 def print_difference(found: Difference, as_json: bool) -> None:

@@ -79,7 +79,8 @@ def routes(server: Server) -> APIRouter:
 
     @router.post("/forget")
     async def forget(body: ForgetAct, request: Request) -> dict[str, Any]:
-        """Fence a subject off; answers when no server can produce a token from what learned from it."""
+        """Fence a subject off; answers when no server can produce a token from what learned from it, but for the
+        releases that `serve_until_rebuilt` leaves them."""
         caller = request.state.caller
         about = body.subject, body.adapters(caller), body.reason, body.request_id or "", body.serve_until_rebuilt
         report = await asyncio.to_thread(acts(request).forget, *about)
@@ -87,7 +88,7 @@ def routes(server: Server) -> APIRouter:
 
     @router.get("/forgets/{request_id}")
     async def one_forget(request_id: str, request: Request) -> dict[str, Any]:
-        """How far a forget has come: fenced, acknowledged, rebuilt, purged."""
+        """How far a forget has come: lending, fenced, acknowledged, rebuilt, purged."""
         caller = request.state.caller
         unknown = NotFound("There is no such forget.", "Give the request_id that the forget was asked for with.")
         try:

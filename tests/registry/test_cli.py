@@ -246,6 +246,15 @@ def test_a_forget_that_serves_until_rebuilt_says_so(data: Path) -> None:
     assert as_json(data, *asked)["stage"] == "lending"
 
 
+def test_a_server_that_is_lost_is_told_of_with_a_loan_too(data: Path) -> None:
+    """All but the loan is waited for: version 1 is nobody's release, and may be in a server's hands."""
+    with contextlib.closing(Ledger.open(f"sqlite:///{data}/ledger.db")) as ledger:
+        ledger.take_lease("server-gone", "server", 0.5)
+    said = run(data, "forget", "--subject", "ann", "--adapter", "acme", "--serve-until-rebuilt", "600").stdout
+    assert "Servers go on with acme@2" in said
+    assert "The server server-gone did not answer" in said
+
+
 def test_reasons_are_printed_as_they_are_but_for_the_subject(data: Path) -> None:
     reason = "[/bold] :smile: [red]not markup[/red] for ANN"
     assert run(data, "forget", "--subject", "ann", "--adapter", "acme", "--reason", reason).returncode == 0
