@@ -303,7 +303,8 @@ def verify(
     if without and (of_certificate or not replay):
         raise BadInput("--without is of an adapter's --replay.", "Leave it out, or give an adapter and --replay.")
     if of_certificate:
-        raise typer.Exit(_verify_certificate(Path(name), replay, receipt, key, as_json, config, data))
+        _verify_certificate(Path(name), replay, receipt, key, as_json, config, data)
+        return
     with _ledger(config, data) as (settings, ledger):
         heads = [ledger.adapter(name)] if name else ledger.adapters()
         store, keys = ObjectStore(settings.store_url), key_store(ledger, settings)
@@ -314,10 +315,12 @@ def verify(
     if replay and replayer:
         learned = [head.name for head in heads if name or head.release]
         replayed = {each: _replayed(replayer, settings, each, without or []) for each in learned}
-    code = print_verified(found, replayed, as_json)
-    gone = any("gone" in each for each in replayed.values())
+    print_verified(found, replayed, as_json)
     differs = any(each["equal"] is False for each in replayed.values())
-    raise typer.Exit(code or (Corrupt.exit_code if differs else Gone.exit_code if gone else 0))
+    if differs or any(each.problems for each in found):
+        raise typer.Exit(Corrupt.exit_code)
+    if any("gone" in each for each in replayed.values()):
+        raise typer.Exit(Gone.exit_code)
 
 
 def _replayed(replay: Replayer, settings: "Settings", name: str, without: list[str]) -> dict[str, Any]:
@@ -336,7 +339,8 @@ def _verify_certificate(
     as_json: bool,
     config: Path | None,
     data: Path | None,
-) -> int:
+) -> None:
+    """Who gives a key may have nothing else of the deployment; who gives none is asked for what its ledger says too."""
     from dataclasses import replace
 
     from riverdelta.core.digests import sha256
@@ -355,15 +359,17 @@ def _verify_certificate(
         count, problems = open_receipt(told, _bytes(receipt))
         found = replace(found, opened=count, problems=(*found.problems, *problems))
     replayed: list[dict[str, object]] = []
-    if replay:
-        if auditor is None:
-            raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
+    if replay and auditor is None:
+        raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
+    if replay or (key is None and _has_ledger(_settings(config, data))):
         with _ledger(config, data) as (settings, ledger):
             problems, superseded = check_stored(ledger, told, sha256(signed))
             found = replace(found, problems=(*found.problems, *problems), superseded=tuple(superseded))
-            if not problems:
+            if replay and auditor and not problems:
                 replayed = auditor(settings, ledger, told)
-    return print_certificate(found, replayed, as_json)
+    print_certificate(found, replayed, as_json)
+    if found.problems or not all(each["equal"] for each in replayed):
+        raise typer.Exit(Corrupt.exit_code)
 
 
 def _bytes(path: Path) -> bytes:
@@ -500,13 +506,17 @@ def _settings(config: Path | None, data: Path | None) -> "Settings":
     return Settings.read()
 
 
+def _has_ledger(settings: "Settings") -> bool:
+    return bool(settings.registry.ledger) or (settings.data / "ledger.db").is_file()
+
+
 @contextmanager
 def _ledger(config: Path | None, data: Path | None, make: bool = False) -> Iterator[tuple["Settings", "Ledger"]]:
     """The settings and their ledger, made if there is none and it may be."""
     from .ledger import Ledger
 
     settings = _settings(config, data)
-    if not make and not settings.registry.ledger and not (settings.data / "ledger.db").is_file():
+    if not make and not _has_ledger(settings):
         raise NotFound(
             f"{settings.data} holds no ledger.",
             "Give --data FOLDER, or begin one with `riverdelta up` or `riverdelta registry create NAME`.",

@@ -178,9 +178,8 @@ def print_difference(found: Difference, as_json: bool) -> None:
         _out.print(table)
 
 
-def print_verified(found: Sequence[Verified], replayed: Mapping[str, Any], as_json: bool) -> int:
-    """What verification found, and a replay of each adapter where there was one; the exit code, 7 when something is
-    wrong."""
+def print_verified(found: Sequence[Verified], replayed: Mapping[str, Any], as_json: bool) -> None:
+    """What verification found, and a replay of each adapter where there was one."""
     if as_json:
         print_json([{**asdict(each), "replay": replayed.get(each.adapter)} for each in found])
     else:
@@ -191,7 +190,6 @@ def print_verified(found: Sequence[Verified], replayed: Mapping[str, Any], as_js
                 _out.print(f"  {problem}")
         for result in replayed.values():
             print_replayed(result)
-    return 7 if any(each.problems for each in found) else 0
 
 
 def print_replayed(result: Mapping[str, Any]) -> None:
@@ -212,9 +210,8 @@ def print_replayed(result: Mapping[str, Any]) -> None:
         )
 
 
-def print_certificate(found: Checked, replayed: Sequence[dict[str, object]], as_json: bool) -> int:
-    """What was found of a certificate; the exit code, 7 when something is wrong, 0 also when it is superseded."""
-    equal = all(each["equal"] for each in replayed)
+def print_certificate(found: Checked, replayed: Sequence[dict[str, object]], as_json: bool) -> None:
+    """What was found of a certificate, and of what was trained again."""
     if as_json:
         print_json({**asdict(found), "replayed": list(replayed)})
     else:
@@ -234,7 +231,6 @@ def print_certificate(found: Checked, replayed: Sequence[dict[str, object]], as_
                 _out.print("  This environment is not the one that trained it: equality is not promised.")
         for problem in found.problems:
             _out.print(f"  {problem}")
-    return 7 if found.problems or not equal else 0
 
 
 @contextmanager

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.errors import BadInput, Corrupt
 from riverdelta.core.settings import Settings
-from riverdelta.registry import operations
+from riverdelta.registry import cli, operations
 from riverdelta.registry.certificate import check, check_stored, open_receipt
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import Hand
@@ -210,6 +211,32 @@ def test_superseded_is_not_tampered(tmp_path: Path) -> None:
     assert check_stored(stack.ledger, later, sha256(second)) == ([], [])
     assert later["predicate"]["previous"] == stack.ledger.forget_of("first").body["certificate_sha"]
     assert os.stat(stack.settings.keys_dir / "certificates.key").st_mode & 0o077 == 0
+
+
+def test_who_runs_the_deployment_is_told_what_its_ledger_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `--replay` too; who gives a key is elsewhere, and is told what the certificate alone says."""
+    stack = two_versions(Settings(data=tmp_path / "data"))
+    stack.seal("acme", [("cat", "canary-cat"), ("bob", "more")])
+    stack.train("acme")
+    file, pem = tmp_path / "first.cert", tmp_path / "issuer.pub"
+    file.write_bytes(forget(stack, "ann", "first"))
+    pem.write_bytes(stack.store.get(PUBLIC_KEY))
+    forget(stack, "cat", "second")
+
+    def verified(data: Path, *more: str) -> tuple[int, str]:
+        monkeypatch.setenv("RIVERDELTA_DATA", str(data))
+        done = CliRunner().invoke(cli.app, ["verify", str(file), *more])
+        return done.exit_code, " ".join(done.output.split())
+
+    code, said = verified(stack.settings.data)
+    assert (code, "Superseded: acme@" in said, "by the forget second" in said) == (0, True, True)
+    for data in (stack.settings.data, tmp_path / "elsewhere"):
+        code, said = verified(data, "--key", str(pem))
+        assert (code, "in order" in said, "Superseded" in said) == (0, True, False)
+    with stack.ledger.db.write() as c:
+        c.execute(t.forgets.update().where(t.forgets.c.id == "first").values(body={}))
+    code, said = verified(stack.settings.data)
+    assert (code, "not the certificate that was issued" in said) == (7, True)
 
 
 def test_operators_acts_are_named_each_at_its_index(tmp_path: Path) -> None:
