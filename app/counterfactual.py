@@ -141,13 +141,13 @@ def train(ledger: Ledger, settings: Settings, wanted: Plan, without: Collection[
     check_incarnation(settings, wanted.incarnations)
     recipe = Recipe.from_dict(wanted.recipe)
     lessons = read_lessons(settings, wanted.adapter, places, recipe)
-    until = {subject: wanted.allowed.get(key.subject(subject), math.inf) for subject in without}
+    until = {hashed: wanted.allowed.get(hashed, math.inf) for hashed in map(key.subject, without)}
     left_out = {
         at
         for at, lesson in lessons.items()
         if at in wanted.came_before
         or (lesson.written_by and (lesson.written_by in wanted.revoked or at in wanted.written_off))
-        or any(wanted.indexes[at] < until.get(subject, 0) for subject in lesson.subjects)
+        or any(wanted.indexes[at] < until.get(key.subject(name), 0) for name in lesson.subjects)
     }
     segments = [
         without_near_duplicates(

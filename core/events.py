@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from .errors import BadInput
-from .names import check_adapter
+from .names import check_adapter, subject_name
 
 Text = Annotated[str, Meta(max_length=100_000)]
 Ident = Annotated[str, Meta(max_length=256)]
@@ -179,8 +179,8 @@ def checked(record: Record) -> Event:
         raise ContractError("invalid", "An interaction needs prompt or messages, one of them.")
     subject = record.subject
     if isinstance(subject, str):  # nearly always
-        return Event(record, (subject,) if subject else ())
-    return Event(record, tuple(sorted({name for name in subject if name})))
+        return Event(record, (subject_name(subject),) if subject else ())
+    return Event(record, tuple(sorted({subject_name(name) for name in subject if name})))
 
 
 def _check_example(record: Example) -> None:
@@ -216,8 +216,8 @@ def _from_attributes(
     if type_ not in CLOUD_TYPES:
         raise ContractError("type", f"Unknown CloudEvents type {type_[:80]!r}; known are {', '.join(CLOUD_TYPES)}.")
     merged = {
-        "subject": subject or "",
         **data,
+        "subject": _both(subject, data.get("subject", "")),
         "type": CLOUD_TYPES[type_],
         "id": id_,
         "source": source,
@@ -225,6 +225,15 @@ def _from_attributes(
     }
     record: Record = msgspec.convert(merged, Record)
     return record
+
+
+def _both(envelope: str | None, held: Any) -> Any:
+    """The subjects of an event whose envelope and data each name some: it is about all of them."""
+    if not envelope or not held:
+        return envelope or held
+    if isinstance(held, str):
+        return [envelope, held]
+    return [envelope, *held] if isinstance(held, list) else held  # what else it is does not fit, and is said so
 
 
 def content_of(record: Record) -> bytes:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import Corrupt
+from .names import subject_name
 
 _FILE = "subjects.key"
 
@@ -51,7 +52,7 @@ class SubjectKey:
 
     def subject(self, name: str) -> str:
         """A subject's keyed hash, 64 hex digits: the only form in which a subject is stored."""
-        return self._hash(b"subject\0" + name.encode()).hex()
+        return self._hash(b"subject\0" + subject_name(name).encode()).hex()
 
     def request(self, name: str) -> str:
         """A request's id, where its own name would tell of its subject: 64 hex digits."""

@@ -1,6 +1,7 @@
 """Names of adapters and versions, as users write them: `acme-support`, `acme-support@7`, `base`."""
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from .errors import BadInput
@@ -23,6 +24,11 @@ def check_adapter(name: str) -> str:
     if name == BASE:
         raise BadInput("'base' names the base model.", "Choose another name for the adapter.")
     return name
+
+
+def subject_name(given: str) -> str:
+    """A subject's name as it is compared: in Unicode's form NFC, so that a letter and its accent are one letter."""
+    return given if given.isascii() else unicodedata.normalize("NFC", given)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from riverdelta.core.errors import BadInput, RiverdeltaError, Unavailable
+from riverdelta.core.errors import BadInput, Conflict, RiverdeltaError, Unavailable
+from riverdelta.core.names import ADAPTER
 from riverdelta.core.settings import Settings
 
 from .belonging import KeptOpen, subject_key
-from .ledger import Ledger
-from .operations import LONGEST_SECONDS, Operations
+from .kafka_delete import delete_request
+from .ledger import Ledger, Stage
+from .operations import LONGEST_SECONDS, Operations, names
 from .wakeups import Wakeups
 
 log = logging.getLogger(__name__)
@@ -59,8 +61,12 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
             raise BadInput(f"The request does not fit{at}.", "See docs/forgetting.md.") from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadInput("The request is not JSON.", "See docs/forgetting.md.") from error
+        if not message.id.isprintable():
+            raise BadInput("A request's id is of printable characters.", "See docs/forgetting.md.")
         if bool(message.adapter) == message.all_adapters:
             raise BadInput("A request names an adapter or all_adapters, one of them.", "See docs/forgetting.md.")
+        if message.adapter and not ADAPTER.fullmatch(message.adapter):
+            raise BadInput("The request's adapter is no adapter's name.", "See docs/forgetting.md.")
         if message.serve_until_rebuilt and message.action != "forget":
             raise BadInput("Only a forget has a serve_until_rebuilt.", "See docs/forgetting.md.")
         return message
@@ -135,12 +141,12 @@ class Control:
             message = Message.read(record.value)
             # An id that names the subject would keep it: such a request acts once too, under a hash of its id.
             request = message.id
-            if message.subject.lower() in request.lower():
+            if names(request, message.subject):
                 request = subject_key(self._ledger, self._settings).request(request)
             adapters = None if message.all_adapters else [message.adapter]
             about = message.subject, adapters, message.reason, request
             if message.action == "forget":
-                self._acts.fence(*about, message.serve_until_rebuilt, where)
+                self._forget(about, message.serve_until_rebuilt, where)
             else:
                 self._acts.allow(*about)
             log.info("%s by message", message.action, extra={"request": request, **where})
@@ -148,3 +154,15 @@ class Control:
             raise
         except RiverdeltaError as error:
             log.error("control message passed over: %s", error, extra=where)
+
+    def _forget(self, about: tuple[str, list[str] | None, str, str], until: float, where: dict[str, Any]) -> None:
+        """Fence off what a message asks for. An id that somebody has used for another forget keeps nobody's from being
+        carried out: it is, under an id of its place on the topic."""
+        try:
+            begun = self._acts.fence(*about, until, where)
+        except Conflict:
+            place = f"{where['incarnation']}/{where['partition']}/{where['offset']}"
+            begun = self._acts.fence(*about[:3], place, until, where)
+            log.warning("the id was another forget's", extra={"request": place, **where})
+        if begun.stage is Stage.PURGED:  # asked for again: nobody else removes this message
+            delete_request(self._settings, where)

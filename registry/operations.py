@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from riverdelta.core.errors import BadInput, NotFound, Unavailable
+from riverdelta.core.names import subject_name
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore
@@ -187,7 +188,7 @@ class Operations:
     ) -> Forget:
         hashed = _hashed(self._ledger, self._settings, subject)
         request = request or str(uuid.uuid4())
-        if _without(request, subject) != request:
+        if names(request, subject):
             raise BadInput(
                 "The request id names the subject, and would outlive it.", "Use one that says nothing of it."
             )
@@ -271,13 +272,26 @@ def _hashed(ledger: Ledger, settings: Settings, subject: str) -> str:
     return subject_key(ledger, settings).subject(subject)
 
 
-def _without(text: str, subject: str) -> str:
-    """The text with the subject's own name struck out: facts are kept for good.
+def names(text: str, subject: str) -> bool:
+    """Whether the subject's own name stands in a text.
 
-    >>> _without("ann@x.org asked us to", "ann@x.org")
+    >>> names("dsr_ann_2026", "ann"), names("annual report", "ann"), names("dsr-2026", "ann")
+    (True, False, False)
+    """
+    return _without(text, subject) != subject_name(text)
+
+
+def _without(text: str, subject: str) -> str:
+    """The text with the subject's own name struck out: facts are kept for good. A name of few letters is one only where
+    it stands for itself.
+
+    >>> _without("Ann@x.org asked us to", "ann@x.org")
     '[subject] asked us to'
     """
-    return re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", "[subject]", text, flags=re.IGNORECASE)
+    name = re.escape(subject_name(subject))
+    if len(subject) < 4 and subject.isascii():
+        name = rf"(?<![^\W_]){name}(?![^\W_])"
+    return re.sub(name, "[subject]", subject_name(text), flags=re.IGNORECASE)
 
 
 def _line(text: str, longest: int = 1000) -> str:

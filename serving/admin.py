@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from riverdelta.core.errors import NotFound, Refused
 from riverdelta.core.names import check_adapter
-from riverdelta.registry.ledger import AdapterRecord
+from riverdelta.registry.ledger import AdapterRecord, Forget
 from riverdelta.registry.operations import LONGEST_SECONDS, Operations, told
 
 from .api_keys import Caller
@@ -82,22 +82,24 @@ def routes(server: Server) -> APIRouter:
         """Fence a subject off; answers when no server can produce a token from what learned from it, but for the
         releases that `serve_until_rebuilt` leaves them."""
         caller = request.state.caller
-        about = body.subject, body.adapters(caller), body.reason, body.request_id or "", body.serve_until_rebuilt
+        asked = caller.namespace + body.request_id if body.request_id else ""
+        about = body.subject, body.adapters(caller), body.reason, asked, body.serve_until_rebuilt
         report = await asyncio.to_thread(acts(request).forget, *about)
-        return {**told(report.forget, caller.sees), "lost_servers": report.lost, "seconds": round(report.seconds, 4)}
+        return {**_forget(report.forget, caller), "lost_servers": report.lost, "seconds": round(report.seconds, 4)}
 
-    @router.get("/forgets/{request_id}")
+    @router.get("/forgets/{request_id:path}")
     async def one_forget(request_id: str, request: Request) -> dict[str, Any]:
-        """How far a forget has come: lending, fenced, acknowledged, rebuilt, purged."""
+        """How far a forget has come: lending, fenced, acknowledged, rebuilt, purged. One that somebody else asked for is known
+        by its whole id where it concerns the caller's adapters."""
         caller = request.state.caller
-        unknown = NotFound("There is no such forget.", "Give the request_id that the forget was asked for with.")
-        try:
-            held = await asyncio.to_thread(server.ledger.forget_of, request_id)
-        except NotFound as error:
-            raise unknown from error
-        if not caller.everything and not any(map(caller.sees, held.adapters)):
-            raise unknown
-        return told(held, caller.sees)
+        for each in dict.fromkeys((caller.namespace + request_id, request_id)):
+            try:
+                held = await asyncio.to_thread(server.ledger.forget_of, each)
+            except NotFound:
+                continue
+            if caller.everything or any(map(caller.sees, held.adapters)):
+                return _forget(held, caller)
+        raise NotFound("There is no such forget.", "Give the request_id that the forget was asked for with.")
 
     @router.post("/allow")
     async def allow(body: SubjectAct, request: Request) -> dict[str, Any]:
@@ -125,6 +127,11 @@ def _own(adapter: str, caller: Caller) -> str:
     if not caller.sees(name):
         raise NotFound(f"There is no adapter {name}.", "`riverdelta registry list` shows those there are.")
     return name
+
+
+def _forget(held: Forget, caller: Caller) -> dict[str, Any]:
+    """A forget as far as the caller may know of it, by the id that it gave."""
+    return {**told(held, caller.sees), "request_id": held.id.removeprefix(caller.namespace)}
 
 
 def _head(head: AdapterRecord) -> dict[str, Any]:

@@ -32,6 +32,11 @@ class Caller:
         return self.adapters is None or adapter in self.adapters
 
     @property
+    def namespace(self) -> str:
+        """What the ids of its requests begin with in the ledger, so that nobody meets another tenant's by its id."""
+        return "" if self.everything else f"{self.name}/"
+
+    @property
     def everything(self) -> bool:
         """Whether it may act on, and know of, every adapter, those to come included."""
         return self.admin and self.adapters is None
@@ -42,7 +47,7 @@ LOCAL = Caller("local", None, base=True, admin=True)
 
 
 class _Key(Struct, frozen=True, forbid_unknown_fields=True):
-    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[^/]*$")]
     key: str = ""
     hash: str = ""
     adapters: tuple[str, ...] | Literal["*"] = ()

@@ -3,7 +3,7 @@
 The ledger applies a change in one transaction; tests drive the same functions without a database.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -382,13 +382,13 @@ def decide_by_hand(
     )
 
 
-def dirty_versions(versions: Versions, touched: Iterable[int]) -> set[int]:
-    """The versions whose lineage saw any of these segments."""
-    touched = set(touched)
+def dirty_versions(versions: Versions, touched: Iterable[int], copies: Iterable[int] = ()) -> set[int]:
+    """The versions whose lineage saw any of these segments, or begins with one of these copies of what did."""
+    touched, copies = set(touched), set(copies)
     dirty: set[int] = set()
     for number in sorted(versions):  # a parent's number is lower than its child's
         version = versions[number]
-        if version.parent in dirty or not touched.isdisjoint(version.saw):
+        if number in copies or version.parent in dirty or not touched.isdisjoint(version.saw):
             dirty.add(number)
     return dirty
 
@@ -399,9 +399,11 @@ def decide_forget(
     segments: Iterable[SegmentRecord],
     touched: Iterable[int],
     about: Mapping[str, Any],
+    copies: Collection[int] = (),
 ) -> Change:
-    """Raise the epoch, revoke every version that saw the touched segments, move the release to the newest that
-    did not, and let what was learned since await its rebuild. `about` joins the fact.
+    """Raise the epoch, revoke every version that saw the touched segments or stems from one of the `copies` of what
+    did, move the release to the newest that did not, and let what was learned since await its rebuild. `about` joins
+    the fact.
 
     Operators' acts stay: a held release is held at the version that the rebuild makes of it, and a decision
     (a gate's, an error's) that was taken on a revoked parent is taken again. What lies beyond the horizon cannot be
@@ -409,7 +411,7 @@ def decide_forget(
     nothing is touched, only the epoch moves: entries that are not sealed yet may be the subject's.
     """
     touched = set(touched)
-    dirty = dirty_versions(versions, touched) if touched else set()
+    dirty = dirty_versions(versions, touched, copies) if touched or copies else set()
     tip = newest_clean(versions, adapter.tip, dirty) if dirty else adapter.tip
     release = newest_clean(versions, adapter.release, dirty) if dirty else adapter.release
     gone = set(lineage(versions, adapter.tip)) - set(lineage(versions, tip)) if dirty else set()

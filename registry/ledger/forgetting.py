@@ -26,11 +26,13 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 @dataclass
 class _Reach:
-    """How far a forget reaches into one adapter: the segments that hold erased entries, the versions that saw them."""
+    """How far a forget reaches into one adapter: the segments that hold erased entries, the imported versions that are
+    copies of what saw such, and the versions that saw either."""
 
     head: AdapterRecord
     versions: Versions
     touched: set[int] = field(default_factory=set)
+    copies: set[int] = field(default_factory=set)
     dirty: set[int] = field(default_factory=set)
 
 
@@ -53,10 +55,12 @@ class Forgetting(Lending):
         learned from text that a version revoked here wrote. `asked` says where a message that asked for it lies (topic,
         incarnation, partition, offset). With `until`, servers answer with the releases that they have until their
         rebuild, or that time at the latest. A request id seen before changes nothing and gives the procedure as it
-        stands; `Conflict` where that was about somebody else, or not about all of these adapters.
+        stands; `Conflict` where that was about somebody else, or did not name all of these adapters.
         """
-        if not request or len(request) > 128:
-            raise BadInput("A forget needs a request id of 1 to 128 characters.", "Use a fresh one for each request.")
+        if not request or len(request) > 128 or not request.isprintable():
+            raise BadInput(
+                "A forget needs a request id of 1 to 128 printable characters.", "Use a fresh one for each request."
+            )
         if not _HASH.fullmatch(subject):
             raise BadInput("A subject is stored only as its keyed hash.", "Hash it with core.keys.SubjectKey first.")
         if adapters is not None and not adapters:
@@ -65,7 +69,7 @@ class Forgetting(Lending):
             self._lock_all(c)
             held = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request)).first()
             if held is not None:
-                return _the_same(forget_of(held), subject, adapters)
+                return self._again(c, _the_same(forget_of(held), subject, adapters), asked)
             heads = self._heads(c, adapters)
             reaches, writers = self._reach(c, subject, heads)
             lent = self._lend(c, reaches, bool(until))
@@ -101,12 +105,21 @@ class Forgetting(Lending):
                 reason,
                 {
                     "doomed": doomed,
+                    "named": None if adapters is None else sorted(set(adapters)),
                     **({"asked": dict(asked)} if asked else {}),
                     **({"lent": lent, "until": until} if lent else {}),
                 },
             )
             c.execute(t.forgets.insert().values(asdict(forget)))
         return forget
+
+    def _again(self, c: sa.Connection, held: Forget, asked: Mapping[str, Any] | None) -> Forget:
+        """A procedure that is asked for again by a message, which it is to remove with all those before it."""
+        if not asked or held.stage is Stage.PURGED:
+            return held
+        held = replace(held, body={**held.body, "asked": dict(asked)})
+        c.execute(t.forgets.update().where(t.forgets.c.id == held.id).values(body=held.body))
+        return held
 
     def _lend(self, c: sa.Connection, reaches: dict[str, _Reach], lending: bool) -> dict[str, tuple[int, str]]:
         """The versions that servers keep for a while, and their digests. Those that are on loan already stay so, or are
@@ -130,8 +143,8 @@ class Forgetting(Lending):
         return {name: self._adapter(c, name, lock=True) for name in sorted(set(names))}
 
     def _reach(self, c: sa.Connection, subject: str, names: Collection[str]) -> tuple[dict[str, _Reach], set[str]]:
-        """The segments that hold the subject or, to a fixed point, text that a version written off here wrote;
-        with the digests that only those versions have."""
+        """The segments that hold the subject or, to a fixed point, text that a version written off here wrote, and the
+        imported versions that are copies of one; with the digests that only those versions have."""
         reaches: dict[str, _Reach] = {}
         found = [pair for pair in self._mentioning(c, {subject}) if pair[0] in names]
         writers: set[str] = set()
@@ -141,8 +154,15 @@ class Forgetting(Lending):
                     reaches[name] = _Reach(self._adapter(c, name, lock=True), self._versions(c, name))
                 reaches[name].touched.add(segment)
             for reach in reaches.values():
-                reach.dirty = decisions.dirty_versions(reach.versions, reach.touched)
+                reach.dirty = decisions.dirty_versions(reach.versions, reach.touched, reach.copies)
             digests = {reach.versions[v].digest for reach in reaches.values() for v in reach.dirty}
+            if copies := self._copies(c, digests, reaches):
+                for name, number in copies:
+                    if name not in reaches:
+                        reaches[name] = _Reach(self._adapter(c, name, lock=True), self._versions(c, name))
+                    reaches[name].copies.add(number)
+                found = []
+                continue
             writers = self._only_revoked(c, digests, {name: reach.dirty for name, reach in reaches.items()})
             found = [
                 (name, segment)
@@ -177,7 +197,8 @@ class Forgetting(Lending):
             for chunk in chunks(gone):
                 c.execute(t.mentions.delete().where(m.adapter == head.name, m.segment == number, m.mention.in_(chunk)))
         about = {**about, "entries": len(indexes)}
-        change = decisions.decide_forget(head, versions, self._segments(c, head.name), reach.touched, about)
+        segments = self._segments(c, head.name)
+        change = decisions.decide_forget(head, versions, segments, reach.touched, about, reach.copies)
         self._apply(c, head, change, actor, reason)
         clean = change.adapter.tip
         return {
@@ -191,6 +212,20 @@ class Forgetting(Lending):
             "rebuild": [segment.number for segment in change.segments],
             "clean": {"version": clean, "digest": versions[clean].digest if clean else ""},
         }
+
+    def _copies(
+        self, c: sa.Connection, digests: Collection[str], reaches: Mapping[str, _Reach]
+    ) -> list[tuple[str, int]]:
+        """The imported versions that have one of these digests and are not written off yet."""
+        v = t.versions.c
+        return [
+            (name, number)
+            for chunk in chunks(sorted(digests))
+            for name, number in c.execute(
+                sa.select(v.adapter, v.number).where(v.segment.is_(None), v.digest.in_(chunk))
+            )
+            if name not in reaches or number not in reaches[name].dirty
+        ]
 
     def _mentioning(self, c: sa.Connection, mentions: Iterable[str]) -> list[tuple[str, int]]:
         m = t.mentions.c
@@ -209,6 +244,7 @@ class Forgetting(Lending):
         """End suppression: the subject's events from each adapter's present index on may be learned again.
 
         Returns the adapters (or `*`) for which the subject was suppressed. A request id seen before changes nothing.
+        `Conflict` for some adapters of a subject that is suppressed for all.
         """
         s = t.suppressions.c
         with self.db.write() as c:
@@ -216,6 +252,8 @@ class Forgetting(Lending):
             if request is not None and not self._remember(c, f"allow:{request}"[:192], now())[1]:
                 return []
             held = set(c.execute(sa.select(s.adapter).where(s.subject == subject)).scalars())
+            if adapters is not None and EVERYWHERE in held:
+                raise Conflict("The subject is suppressed for all adapters.", "Allow it for all of them.")
             lifted = sorted(held if adapters is None else held & set(adapters))
             for chunk in chunks(lifted):
                 c.execute(t.suppressions.delete().where(s.subject == subject, s.adapter.in_(chunk)))
@@ -241,8 +279,10 @@ class Forgetting(Lending):
 
     def forget_of(self, request: str) -> Forget:
         """One forget procedure."""
-        with self.db.read() as c:
-            row = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request)).first()
+        row = None
+        if request.isprintable():  # as every id is; PostgreSQL takes no NUL
+            with self.db.read() as c:
+                row = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request)).first()
         if row is None:
             raise NotFound(f"There is no forget {request[:80]}.", "`riverdelta registry list` shows those there are.")
         return forget_of(row)
@@ -345,7 +385,7 @@ class Forgetting(Lending):
 
 def _the_same(held: Forget, subject: str, adapters: Sequence[str] | None) -> Forget:
     """A procedure that is asked for again; whoever asks for another under its id must not take this one for done."""
-    covers = held.everywhere or (adapters is not None and set(adapters) <= held.adapters.keys())
+    covers = held.everywhere or (adapters is not None and set(adapters) <= set(held.body["named"]))
     if held.subject != subject or not covers:
         raise Conflict(f"Request {held.id[:80]} was about something else.", "Use a fresh id for each request.")
     return held

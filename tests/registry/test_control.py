@@ -37,6 +37,8 @@ def test_what_does_not_fit_is_named_without_a_quote() -> None:
         ({"action": "allow", "serve_until_rebuilt": 5}, "Only a forget"),
         ({"subject": ""}, "subject"),
         ({"all_adapters": True}, "one of them"),
+        ({"id": "1\0ann"}, "printable"),
+        ({"adapter": "ann\0"}, "no adapter's name"),
     ):
         with pytest.raises(BadInput, match=where) as refused:
             Message.read(json.dumps({**ASKED, **wrong}).encode())
@@ -49,7 +51,7 @@ def test_servers_may_go_on_until_rebuilt(stack: Stack) -> None:
     say(control, {**ASKED, "serve_until_rebuilt": 600}, offset=1)
     [held] = stack.ledger.forgets()
     assert held.stage is Stage.LENDING
-    assert held.body["asked"]["offset"] == 0
+    assert held.body["asked"]["offset"] == 1, "with which the first goes too"
     assert stack.ledger.releases()["acme"][0] == 2
     say(control, {**ASKED, "id": "2", "subject": "bob"}, offset=2)
     assert {each.stage for each in stack.ledger.forgets()} == {Stage.FENCED}
@@ -72,3 +74,26 @@ def test_the_key_store_is_opened_once(stack: Stack, monkeypatch: pytest.MonkeyPa
         say(control, {**ASKED, "id": f"{number}", "subject": subject}, offset=number)
     assert len(stack.ledger.forgets()) == 3
     assert opened == [1]
+
+
+def test_an_id_that_another_forget_has_keeps_nobody_from_being_forgotten(stack: Stack) -> None:
+    control = Control(stack.ledger, stack.settings, Wakeups(stack.settings), threading.Event())
+    say(control, ASKED)
+    for _ in range(2):  # the second as after a crash
+        say(control, {**ASKED, "subject": "bob"}, offset=1)
+    assert [(each.id, each.subject) for each in stack.ledger.forgets()] == [
+        ("1", stack.key.subject("ann")),
+        ("run/0/1", stack.key.subject("bob")),
+    ]
+
+
+def test_a_message_that_asks_again_for_what_is_done_is_removed(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[int] = []
+    monkeypatch.setattr(
+        "riverdelta.registry.control.delete_request", lambda _, asked: removed.append(asked["offset"]) or True
+    )
+    control = Control(stack.ledger, stack.settings, Wakeups(stack.settings), threading.Event())
+    say(control, ASKED)
+    stack.ledger.advance("1", Stage.PURGED, {}, "keeper")
+    say(control, ASKED, offset=3)
+    assert removed == [3]

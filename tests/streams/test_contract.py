@@ -74,6 +74,18 @@ def test_cloudevents_in_both_modes_are_the_plain_event() -> None:
     assert decode(structured) == decode(msgspec.json.encode(data), headers) == plain
 
 
+@pytest.mark.parametrize(
+    ("held", "subjects"),
+    [("bob", ("ann", "bob")), (["cy", "bob"], ("ann", "bob", "cy")), ("", ("ann",)), ([], ("ann",)), ("ann", ("ann",))],
+)
+def test_a_cloudevent_is_about_whom_its_envelope_names_and_whom_its_data_names(held: Any, subjects: Any) -> None:
+    data = {"adapter": "acme", "text": "hi", "subject": held}
+    envelope = {"specversion": "1.0", "id": "7", "source": "crm", "subject": "ann", "type": "riverdelta.example.v1"}
+    headers = [(f"ce_{name}", value.encode()) for name, value in envelope.items()]
+    assert decode(msgspec.json.encode({**envelope, "data": data})).subjects == subjects
+    assert decode(msgspec.json.encode(data), headers).subjects == subjects
+
+
 def test_an_entry_says_nothing_of_who_it_is_about() -> None:
     event = decode(b'{"adapter":"acme","subject":["ann","bo"],"id":"7","source":"crm","time":"now","text":"hi"}')
     assert event.subjects == ("ann", "bo")
