@@ -89,8 +89,8 @@ def routes(server: Server) -> APIRouter:
 
     @router.get("/forgets/{request_id:path}")
     async def one_forget(request_id: str, request: Request) -> dict[str, Any]:
-        """How far a forget has come: lending, fenced, acknowledged, rebuilt, purged. One that somebody else asked for is
-        known by its whole id where it concerns the caller's adapters."""
+        """How far a forget has come: lending, fenced, acknowledged, rebuilt, purged. One that somebody else asked for
+        is known by its whole id where it concerns the caller's adapters."""
         caller = request.state.caller
         for each in dict.fromkeys((caller.namespace + request_id, request_id)):
             try:
