@@ -36,7 +36,7 @@ class ObjectStore:
                 self._store = obstore.store.from_url(url)
         except (OSError, ValueError, obstore.exceptions.BaseError) as error:
             raise BadInput(
-                f"Cannot open the object store {url}: {error}.", "Check [store] url in the settings."
+                f"Cannot open the object store {url}: {error}.", "Correct registry.store in the settings."
             ) from error
 
     def put(self, key: str, data: bytes) -> None:
@@ -68,16 +68,6 @@ class ObjectStore:
         assert self._folder is not None
         root, files = self._folder, {self._folder / _checked(key): data for key, data in objects.items()}
         self._call("write", f"{len(files)} objects", lambda _: durable.write_together(root, files))
-
-    def create(self, key: str, data: bytes) -> bool:
-        """Write `data` only if the key is new: False when somebody else has written it."""
-        from obstore.exceptions import AlreadyExistsError
-
-        try:
-            self._call("create", key, lambda obs: obs.put(self._store, key, data, mode="create"))
-        except AlreadyExistsError:
-            return False
-        return True
 
     def get(self, key: str) -> bytes:
         """The bytes under a key; `NotFound` when there are none."""
@@ -119,15 +109,13 @@ class ObjectStore:
 
     def _call(self, verb: str, key: str, action: Any) -> Any:
         import obstore
-        from obstore.exceptions import AlreadyExistsError, BaseError
+        from obstore.exceptions import BaseError
 
         _checked(key)
         try:
             return action(obstore)
         except FileNotFoundError as error:  # obstore's NotFoundError is one
             raise NotFound(f"The store {self.url} holds no {key}.", "Was it collected or purged?") from error
-        except AlreadyExistsError:
-            raise
         except (OSError, BaseError) as error:
             raise Unavailable(
                 f"Cannot {verb} {key} in {self.url}: {error}.", "Is the store reachable and not full?"

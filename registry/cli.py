@@ -232,15 +232,16 @@ def forget(
 
     adapters = _scope(adapter, all_adapters)
     with _acting(config, data, actor) as (settings, ledger, acts):
+        opens = None
         if receipt is not None:
-            operations.write_receipt(ledger, settings, subject, adapters, receipt)
+            opens = operations.write_receipt(ledger, settings, subject, adapters, receipt)
         with waiting("Waiting for every server to carry out the fence") as progress:
             report = acts.forget(subject, adapters, reason, request, serve_until_rebuilt, progress)
         done = report.forget
         if wait:
             with telling("Rebuild and purge") as tell:
                 done = operations.await_purge(ledger, done.id, tell)
-        print_forget(done, report, as_json)
+        print_forget(done, report, opens, as_json)
 
 
 @app.command()

@@ -67,9 +67,9 @@ def read_openings(store: ObjectStore, keys: KeyStore, segment: SegmentRecord, ma
     )
 
 
-def erase(ledger: Ledger, keys: KeyStore, forget: Forget) -> int:
-    """Delete the keys that no live entry of what a forget has reached needs any more; in how many segments there were
-    any. From here on nobody can read what was forgotten. To be repeated at will."""
+def erase(ledger: Ledger, keys: KeyStore, forget: Forget) -> None:
+    """Delete the keys that no live entry of what a forget has reached needs any more: from here on nobody can read what
+    was forgotten. To be repeated at will."""
     changes = {}
     for part in forget.body["doomed"]:
         for number in part["segments"]:
@@ -79,4 +79,4 @@ def erase(ledger: Ledger, keys: KeyStore, forget: Forget) -> int:
                 mentions=[entry.mentions for entry in manifest.entries],
                 live=[not entry.tombstone for entry in manifest.entries],
             )
-    return keys.change(changes)
+    keys.change(changes)

@@ -141,10 +141,8 @@ class KeyStore:
         with self._db.read() as c:
             return _known(c, sorted(names))
 
-    def change(self, changes: Mapping[str, Callable[[bytes], bytes]]) -> int:
-        """Put what the function makes of each of these segments' keys in their place, if there are any; how many have
-        changed."""
-        changed = 0
+    def change(self, changes: Mapping[str, Callable[[bytes], bytes]]) -> None:
+        """Put what the function makes of each of these segments' keys in their place, if there are any."""
         with self._db.write() as c:
             for name, change in changes.items():
                 query = sa.select(_keys.c.wrapped).where(_keys.c.name == name).with_for_update()
@@ -155,11 +153,9 @@ class KeyStore:
                 kept = change(held)
                 if kept != held:
                     c.execute(_keys.update().where(_keys.c.name == name).values(wrapped=self._wrap(name, kept)))
-                    changed += 1
-        return changed
 
     def delete(self, names: Collection[str]) -> None:
-        """Delete what segments that were never sealed would have had."""
+        """Delete the keys of segments that were never sealed, or whose contents are kept no longer."""
         with self._db.write() as c:
             for chunk in chunks(sorted(names)):
                 c.execute(_keys.delete().where(_keys.c.name.in_(chunk)))

@@ -130,10 +130,11 @@ def print_log(ledger: Ledger, name: str, after: int, as_json: bool) -> None:
     _out.print(table)
 
 
-def print_forget(forget: Forget, report: ForgetReport, as_json: bool) -> None:
-    """What a forget has done so far."""
+def print_forget(forget: Forget, report: ForgetReport, receipt: int | None, as_json: bool) -> None:
+    """What a forget has done so far, and how many entries its receipt holds where one was written."""
     held = told(forget)
     if as_json:
+        held |= {} if receipt is None else {"receipt": receipt}
         print_json({**held, "lost_servers": report.lost, "seconds": round(report.seconds, 4)})
         return
     entries, versions = held["entries"], sum(map(len, held["revoked"].values()))
@@ -148,6 +149,8 @@ def print_forget(forget: Forget, report: ForgetReport, as_json: bool) -> None:
         )
     if not entries:
         _out.print("No entry names this subject: check the spelling, if it should have any.")
+    if receipt is not None:
+        _out.print(f"The receipt holds what {many(receipt, 'entry')} said.")
     for holder in report.lost:
         _out.print(f"The server {holder} did not answer; its lease ran out, and it may not answer for adapters.")
     if forget.stage is Stage.PURGED:

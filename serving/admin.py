@@ -1,7 +1,7 @@
 """/admin: acts on the registry over HTTP, for callers with the admin role."""
 
 import asyncio
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from riverdelta.core.errors import NotFound, Refused
 from riverdelta.core.names import check_adapter
-from riverdelta.registry.ledger import AdapterRecord, Forget
+from riverdelta.registry.ledger import AdapterRecord, Forget, Mode
 from riverdelta.registry.operations import LONGEST_SECONDS, Operations, told
 
 from .api_keys import Caller
@@ -66,7 +66,7 @@ class ResumeAct(_Act):
     """`continue` with new segments, `replay` those set aside, or back to the `tip`."""
 
     adapter: Name
-    mode: Literal["continue", "replay", "tip"] = "continue"
+    mode: Mode = "continue"
 
 
 def routes(server: Server) -> APIRouter:

@@ -16,7 +16,7 @@ from . import tables as t
 from .decisions import Change, Versions
 from .journal import chunks
 from .lending import Lending
-from .records import AdapterRecord, Forget, Stage
+from .records import AdapterRecord, Forget, Outcome, Stage
 from .rows import adapter_of, forget_of
 
 EVERYWHERE = "*"
@@ -279,10 +279,13 @@ class Forgetting(Lending):
 
     def forget_of(self, request: str) -> Forget:
         """One forget procedure."""
-        row = None
-        if request.isprintable():  # as every id is; PostgreSQL takes no NUL
-            with self.db.read() as c:
-                row = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request)).first()
+        with self.db.read() as c:
+            return self._forget_of(c, request)
+
+    def _forget_of(self, c: sa.Connection, request: str, lock: bool = False) -> Forget:
+        query = sa.select(t.forgets).where(t.forgets.c.id == request)
+        # Every id is printable, and PostgreSQL takes no NUL.
+        row = c.execute(query.with_for_update() if lock else query).first() if request.isprintable() else None
         if row is None:
             raise NotFound(f"There is no forget {request[:80]}.", "`riverdelta registry list` shows those there are.")
         return forget_of(row)
@@ -290,12 +293,7 @@ class Forgetting(Lending):
     def advance(self, request: str, stage: Stage, body: Mapping[str, Any], actor: str) -> Forget:
         """Record that a procedure has reached a stage; reaching it again changes nothing."""
         with self.db.write() as c:
-            row = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request).with_for_update()).first()
-            if row is None:
-                raise NotFound(
-                    f"There is no forget {request[:80]}.", "`riverdelta registry list` shows those there are."
-                )
-            forget = forget_of(row)
+            forget = self._forget_of(c, request, lock=True)
             if _ORDER.index(stage) <= _ORDER.index(forget.stage):
                 return forget
             moved = replace(forget, stage=stage, body={**forget.body, **body})
@@ -318,7 +316,7 @@ class Forgetting(Lending):
             for part in forget.body["doomed"]:
                 for chunk in chunks(part["rebuild"]):
                     waiting = sa.select(sa.func.count()).where(
-                        s.adapter == part["adapter"], s.number.in_(chunk), s.outcome == "awaiting"
+                        s.adapter == part["adapter"], s.number.in_(chunk), s.outcome == Outcome.AWAITING
                     )
                     left += int(c.execute(waiting).scalar() or 0)
         return sum(len(part["rebuild"]) for part in forget.body["doomed"]), left

@@ -131,11 +131,11 @@ class Ledger(Sealing, Claims, Forgetting):
         with self.db.read() as c:
             return {name: head for name, head in c.execute(sa.select(t.adapters.c.name, t.adapters.c.head))}  # noqa: C416
 
-    def facts(self, adapter: str, after: int = 0, limit: int | None = None) -> list[Fact]:
+    def facts(self, adapter: str, after: int = 0) -> list[Fact]:
         """The journal of an adapter after a sequence number, in order."""
         query = sa.select(t.facts).where(t.facts.c.adapter == adapter, t.facts.c.seq > after).order_by(t.facts.c.seq)
         with self.db.read() as c:
-            return [fact_of(row) for row in c.execute(query.limit(limit))]
+            return [fact_of(row) for row in c.execute(query)]
 
     # -- streams: segments -----------------------------------------------------------------------------------
 

@@ -22,11 +22,6 @@ from .rows import forget_of
 class Lending(Leases):
     """Versions that are revoked and served."""
 
-    def loans(self) -> dict[str, tuple[int, str]]:
-        """Per adapter that has one, the version on loan and its digest."""
-        with self.db.read() as c:
-            return self._loans(c)
-
     def call_in(self, requests: Collection[str] = ()) -> None:
         """End the loans of these forgets, and those whose deadline has passed."""
 
@@ -42,6 +37,7 @@ class Lending(Leases):
             self._call_in(c, due(c))
 
     def _loans(self, c: sa.Connection) -> dict[str, tuple[int, str]]:
+        """Per adapter that has one, the version on loan and its digest."""
         found: dict[str, tuple[int, str]] = {}
         for held in self._lending(c):
             for name, (version, digest) in held.body["lent"].items():

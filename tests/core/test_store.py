@@ -38,17 +38,6 @@ def test_a_key_stays_below_the_root(store: ObjectStore, key: str) -> None:
             act(key)
 
 
-def test_one_of_many_creates(store: ObjectStore) -> None:
-    won: list[bool] = []
-    threads = [threading.Thread(target=lambda: won.append(store.create("once", b"x"))) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(won) == 1
-    assert len(won) == 16
-
-
 def test_many_at_once_are_written_or_leave_no_drafts(store: ObjectStore, tmp_path: Path) -> None:
     store.put_all({f"many/{number}/x": bytes([number]) for number in range(20)})
     assert [store.get(f"many/{number}/x") for number in range(20)] == [bytes([number]) for number in range(20)]

@@ -293,10 +293,15 @@ def test_a_receipt_is_no_certificate(data: Path) -> None:
     receipt = data.with_name("ann.receipt")
     hint = "No entry names this subject: check the spelling, if it should have any."
     asked = ("forget", "--adapter", "acme", "--subject")
-    assert hint not in run(data, *asked, "ann", "--receipt", str(receipt)).stdout
+    said = run(data, *asked, "ann", "--receipt", str(receipt)).stdout
+    assert hint not in said
+    assert "The receipt holds what 2 entries said." in said
     done = run(data, "verify", str(receipt))
     assert (done.returncode, f"--receipt {receipt}" in done.stderr) == (2, True)
-    assert hint in run(data, *asked, "ane").stdout
+    empty = run(data, *asked, "ane", "--receipt", str(data.with_name("ane.receipt"))).stdout
+    assert hint in empty
+    assert "The receipt holds what 0 entries said." in empty
+    assert as_json(data, *asked, "ane", "--receipt", str(data.with_name("again.receipt")))["receipt"] == 0
 
 
 def test_verify_names_what_was_damaged(data: Path) -> None:

@@ -272,7 +272,8 @@ class LedgerMachine(RuleBasedStateMachine):
             check_chain(self.ledger.facts(record.name))
             assert len(self.ledger.facts(record.name)) == record.head
         fenced = {digest for fence in self.ledger.fences(0) for digest in fence.digests}
-        loans = self.ledger.loans()
+        lending = [held.body["lent"] for held in self.ledger.forgets() if held.stage is Stage.LENDING]
+        loans = {name: loan for lent in lending for name, loan in lent.items()}
         assert self.ledger.revoked_digests() <= fenced | {digest for _, digest in loans.values()}
         for name, (version, digest) in self.ledger.releases().items():
             record = self.ledger.version(name, version) if version else None
