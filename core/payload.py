@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from . import merkle
 from .digests import sha256
-from .errors import Corrupt, NotFound, Unsupported
+from .errors import Corrupt, NotFound
 
 KEY_BYTES = 32
 SALT_BYTES = 16
@@ -165,8 +165,6 @@ _RESTORE_KEYS = "Restore the key store from a backup."
 def _read(data: bytes, digest: str) -> _Payload:
     if sha256(data) != digest:
         raise Corrupt(f"A payload's bytes are not those of {digest[:12]}.", _RESTORE)
-    if data.startswith(b"RDSEG1\n"):
-        raise Unsupported(f"{digest[:12]} was written before contents were encrypted.", "Start with a new data folder.")
     if not data.startswith(_MAGIC):
         raise Corrupt(f"{digest[:12]} is not a payload.", _RESTORE)
     try:

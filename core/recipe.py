@@ -206,12 +206,6 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in the ledger."""
         held: dict[str, Any] = msgspec.to_builtins(self)
-        # The digests of recipes from before there were these stay what they were.
-        for name, default in (("shards", Shards()), ("retain", Retain())):
-            if getattr(self, name) == default:
-                del held[name]
-        if not self.curate.languages:
-            del held["curate"]["languages"]
         return held
 
     @classmethod

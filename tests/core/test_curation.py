@@ -69,10 +69,3 @@ def test_a_language_that_is_not_sure_is_no_other(text: str) -> None:
 def test_a_language_that_nobody_knows_is_refused() -> None:
     with pytest.raises(BadInput, match=r"'english' is no language of .* en "):
         Recipe.from_dict({"curate": {"languages": ["english"]}})
-
-
-def test_recipes_without_languages_keep_their_digests() -> None:
-    assert "languages" not in Recipe().to_dict()["curate"]
-    spoken = Recipe.from_dict({"curate": {"languages": ["en"]}})
-    assert Recipe.from_dict(spoken.to_dict()) == spoken
-    assert spoken.digest != Recipe().digest

@@ -88,7 +88,7 @@ def test_what_is_no_name_is_refused(text: str) -> None:
 
 
 def test_recipes_round_trip_and_refuse_what_they_do_not_know() -> None:
-    recipe = Recipe.from_dict({"lora": {"rank": 4, "targets": ["q_proj"]}, "seed": 7})
+    recipe = Recipe.from_dict({"lora": {"rank": 4, "targets": ["q_proj"]}, "curate": {"languages": ["en"]}, "seed": 7})
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert Recipe.from_dict(recipe.to_dict()).digest == recipe.digest != Recipe().digest
     for wrong in ({"lora": {"rnak": 4}}, {"lora": {"rank": 0}}, {"optimiser": {"beta1": 1.0}}, {"seed": -1}):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from riverdelta.core import merkle, payload
 from riverdelta.core.digests import sha256
-from riverdelta.core.errors import Corrupt, NotFound, Unsupported
+from riverdelta.core.errors import Corrupt, NotFound
 
 people = st.lists(st.sampled_from(["ann", "bob", "cat", "a-version"]), unique=True, max_size=3).map(tuple)
 entries = st.lists(st.tuples(people.map(lambda names: names or ("",)), st.none() | st.binary(max_size=40)), max_size=8)
@@ -89,6 +89,3 @@ def test_a_file_that_only_looks_like_a_payload_is_corrupt() -> None:
     for wrong in (b"RDSEG2\n", b"RDSEG2\n\xc1", b"RDSEG2\n" + msgspec.msgpack.encode({"not": "a list"})):
         with pytest.raises(Corrupt):
             payload.without(wrong, sha256(wrong), [])
-    old = b"RDSEG1\n" + msgspec.msgpack.encode([b"in the clear"])
-    with pytest.raises(Unsupported, match="new data folder"):
-        payload.without(old, sha256(old), [True])
