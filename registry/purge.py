@@ -1,20 +1,20 @@
 """Purge: remove what a forget wrote off, and leave a manifest of what was removed.
 
-Every step may be repeated, and the draft of the manifest is written before the first of them: a purge that was killed
-anywhere ends in the same state when it is run again.
+Every step may be repeated, and all that the manifest says is read from the ledger, which keeps it, once everything is
+gone: a purge that was killed anywhere ends in the same state when it is run again, and nothing that somebody has laid
+into the object store is taken for done, or signed.
 """
 
 import json
 import logging
-import re
 import time
 import uuid
 from functools import partial
 from typing import Any
 
 from riverdelta.core import merkle, payload
-from riverdelta.core.digests import canonical_json, sha256
-from riverdelta.core.errors import Conflict, NotFound
+from riverdelta.core.digests import sha256
+from riverdelta.core.errors import Conflict
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore, state_key, weights_key
 from riverdelta.core.times import now
@@ -38,13 +38,16 @@ PUBLIC_KEY = "forgets/certificates.pub"
 
 def certificate_key(request: str) -> str:
     """Where the certificate of a forget lies."""
-    return manifest_key(request).removesuffix(".json") + ".dsse.json"
+    return f"{_folder(request)}/certificate.dsse.json"
 
 
 def manifest_key(request: str) -> str:
     """Where the manifest of a forget lies."""
-    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", request)
-    return f"forgets/{request if plain else sha256(request.encode())}.json"
+    return f"{_folder(request)}/manifest.json"
+
+
+def _folder(request: str) -> str:
+    return f"forgets/{sha256(request.encode())}"
 
 
 class Purge:
@@ -74,37 +77,41 @@ class Purge:
     def run(self, forget: Forget) -> bool:
         """Purge, and say so in the ledger. False while something that may be left over of refused work cannot be told
         from work in hand: come again."""
-        key = manifest_key(forget.id)
-        manifest = self._draft(forget)
-        if "purged_at" not in manifest:
-            left = self._erase(forget, manifest)
-            if left is None:
-                return False
-            asked = forget.body.get("asked")
-            if asked and delete_request(self._settings, asked):
-                for held in manifest["kafka"]:
-                    if held["topic"] == asked["topic"]:
-                        held["unreadable_since"] = now()
-            manifest = finish(manifest, self._ledger, forget, left)
-            self._store.put(key, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
+        left = self._erase(forget)
+        if left is None:
+            return False
+        draft = self._erased(forget)
+        asked = forget.body.get("asked")
+        if asked and delete_request(self._settings, asked):
+            for held in draft["kafka"]:
+                if held["topic"] == asked["topic"]:
+                    held["unreadable_since"] = now()
+        manifest = finish(draft, self._ledger, forget, left)
+        written = json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n"
         signed = sign(self._settings.keys_dir, statement(manifest))
-        self._store.put_all({certificate_key(forget.id): signed, PUBLIC_KEY: public_pem(self._settings.keys_dir)})
+        self._store.put_all(
+            {
+                manifest_key(forget.id): written,
+                certificate_key(forget.id): signed,
+                PUBLIC_KEY: public_pem(self._settings.keys_dir),
+            }
+        )
         done = {
-            "manifest": key,
-            "manifest_sha": sha256(self._store.get(key)),
+            "manifest": manifest_key(forget.id),
+            "manifest_sha": sha256(written),
             "certificate": certificate_key(forget.id),
             "certificate_sha": sha256(signed),
             "purged_at": manifest["purged_at"],
         }
         self._ledger.advance(forget.id, Stage.PURGED, done, KEEPER)
-        log.info("purged", extra={"request": forget.id, "entries": len(manifest["erased"]), "manifest": key})
+        log.info("purged", extra={"request": forget.id, "entries": len(manifest["erased"])})
         return True
 
-    def _erase(self, forget: Forget, draft: dict[str, Any]) -> dict[str, list[str]] | None:
+    def _erase(self, forget: Forget) -> dict[str, list[str]] | None:
         """Everything that goes; per adapter the MLflow runs that only `mlflow gc` can remove, None while something
         cannot be told from work in hand."""
         contents.erase(self._ledger, self._keys, forget)
-        self._rewrite_payloads(draft)
+        self._rewrite_payloads(forget)
         self._delete_weights(forget)
         self._delete_checkpoints(forget)
         left = {part["adapter"]: self._projection.erase(part["adapter"], part["versions"]) for part in _parts(forget)}
@@ -127,14 +134,8 @@ class Purge:
             self._ledger.delete_unnamed(left, partial(gc.delete, self._store, self._keys))
         return True
 
-    def _draft(self, forget: Forget) -> dict[str, Any]:
-        """What is about to be erased, read while it is still there."""
-        key = manifest_key(forget.id)
-        try:
-            held: dict[str, Any] = json.loads(self._store.get(key))
-            return held
-        except NotFound:
-            pass
+    def _erased(self, forget: Forget) -> dict[str, Any]:
+        """What has been erased, and where it lay: the ledger keeps that."""
         erased: list[dict[str, Any]] = []
         payloads: list[dict[str, Any]] = []
         segments: list[dict[str, Any]] = []
@@ -145,7 +146,7 @@ class Purge:
                 segment = self._ledger.segment(part["adapter"], number)
                 manifest = self._ledger.manifest(part["adapter"], number)
                 if not segment.dropped:
-                    payloads.append({"adapter": segment.adapter, "segment": number, "was": segment.payload})
+                    payloads.append({"adapter": segment.adapter, "segment": number})
                 leaves = manifest.commitments
                 segments.append(
                     {
@@ -173,7 +174,7 @@ class Purge:
                                 "sealed_at": segment.sealed_at,
                             }
                         )
-        draft = {
+        return {
             "request": forget.id,
             "subject": forget.subject,
             "everywhere": forget.everywhere,
@@ -185,15 +186,11 @@ class Purge:
             "payloads": payloads,
             "kafka": kafka_still_holds(places, forget, self._settings),
         }
-        self._store.put(key, canonical_json(draft))
-        return draft
 
-    def _rewrite_payloads(self, draft: dict[str, Any]) -> None:
-        for item in draft["payloads"]:
-            adapter, number = item["adapter"], item["segment"]
-            self._rewrite(adapter, number)
-            if self._ledger.segment(adapter, number).payload != item["was"]:
-                self._store.delete(item["was"])
+    def _rewrite_payloads(self, forget: Forget) -> None:
+        for part in _parts(forget):
+            for number in part["segments"]:
+                self._rewrite(part["adapter"], number)
 
     def _rewrite(self, adapter: str, number: int) -> None:
         """Give a segment a payload without its tombstones' contents, unless it has one already."""

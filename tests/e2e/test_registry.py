@@ -10,6 +10,8 @@ import httpx
 import pytest
 from kafka import KafkaProducer
 
+from riverdelta.registry.purge import certificate_key
+
 from .river import RECIPE, River, eventually, facts, question
 
 
@@ -89,7 +91,7 @@ def test_forgotten_by_command_rebuilt_purged_and_proved(river: River, tmp_path: 
     ledger.close()
     assert not river.learned("forget", canary)
     river.tell("registry", "verify", "forget")
-    certificate = str(river.data / "store" / "forgets" / "asked.dsse.json")
+    certificate = str(river.data / "store" / certificate_key("asked"))
     checked = river.read("registry", "verify", certificate, "--receipt", receipt, "--replay")
     assert (checked["erased"], checked["opened"], checked["problems"], checked["superseded"]) == (1, 1, [], [])
     assert [each["equal"] for each in checked["replayed"]] == [True]

@@ -17,6 +17,7 @@ from riverdelta.core.settings import Registry, Settings
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.operations import Operations
+from riverdelta.registry.purge import manifest_key
 from riverdelta.registry.verify import verify
 from tests.brokers import free_port, wait_for_port
 from tests.postgres import fresh
@@ -92,7 +93,7 @@ def test_learned_shown_forgotten_and_purged(scaled: Settings) -> None:
     assert mlflow.get_model_version_by_alias("acme", "live").tags["riverdelta.version"] == "3"
     assert not mlflow.list_artifacts(held.run_id, "adapter")
     assert not stack.store.exists(f"weights/{doomed}.safetensors")
-    left = json.loads(stack.store.get(f"forgets/{request}.json"))["mlflow_gc_needed"]["acme"]
+    left = json.loads(stack.store.get(manifest_key(request)))["mlflow_gc_needed"]["acme"]
     assert held.run_id in left
     assert all(mlflow.get_run(run).info.lifecycle_stage == "deleted" for run in left)
     assert not stack.store.exists("weights/left-by-a-crash.safetensors")

@@ -23,6 +23,7 @@ from riverdelta.registry import contents
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Cause, Increment, Ledger, Manifest, ManifestEntry, Seal, Stage
 from riverdelta.registry.peft_io import write_peft_folder
+from riverdelta.registry.purge import manifest_key
 
 NAMES = ("ann", "bob")
 
@@ -204,7 +205,7 @@ def test_the_progress_of_a_forget_is_in_list_and_log(data: Path) -> None:
         assert f"acknowledged, in acme, {number} of 2 segments rebuilt" in run(data, "list").stdout
     ledger.advance("r1", Stage.REBUILT, {}, "keeper")
     assert listed() == [("rebuilt", 2, 0)]
-    ledger.advance("r1", Stage.PURGED, {"manifest": "forgets/r1.json"}, "keeper")
+    ledger.advance("r1", Stage.PURGED, {"manifest": manifest_key("r1")}, "keeper")
     ledger.close()
     assert listed() == []
     facts = as_json(data, "log", "acme")

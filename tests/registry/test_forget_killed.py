@@ -22,7 +22,7 @@ from riverdelta.registry.verify import verify
 from tests.registry.stack import Stack, two_versions
 
 # Every write that lasts. MLflow's are those of `test_purge`: here nothing is shown, so that a process is quick.
-EFFECTS = [(ObjectStore, "put"), (ObjectStore, "delete"), (Database, "write"), (Database, "scrub")]
+EFFECTS = [(ObjectStore, "put_all"), (ObjectStore, "delete"), (Database, "write"), (Database, "scrub")]
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([__name__])
 

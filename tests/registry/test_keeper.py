@@ -25,6 +25,7 @@ from riverdelta.registry.gc import collect
 from riverdelta.registry.keeper import Keeper, run
 from riverdelta.registry.ledger import Cause, Hand, Outcome, Stage
 from riverdelta.registry.operations import Operations, told
+from riverdelta.registry.purge import manifest_key
 from tests.registry.stack import Stack, two_versions, wait
 
 
@@ -243,7 +244,7 @@ def test_a_forget_is_rebuilt_and_purged(alone: Settings) -> None:
     assert live(alone) == "3"
     assert scan(alone, *dirty.values(), b"canary-ann", b"ann asked") == []
     assert not stack.store.exists(f"weights/{doomed}.safetensors")
-    manifest = json.loads(stack.store.get(f"forgets/{report.forget.id}.json"))
+    manifest = json.loads(stack.store.get(manifest_key(report.forget.id)))
     assert [(e["index"], e["segment"]) for e in manifest["erased"]] == [(2, 2)]
     assert manifest["adapters"][0]["clean_parent"]["version"] == 1
     assert stack.ledger.version("acme", 2).purged

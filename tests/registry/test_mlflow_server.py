@@ -15,6 +15,7 @@ from riverdelta.core.settings import Registry, Settings
 from riverdelta.registry.keeper import Keeper, run
 from riverdelta.registry.ledger import Stage
 from riverdelta.registry.operations import Operations
+from riverdelta.registry.purge import manifest_key
 from tests.brokers import free_port, wait_for_port
 from tests.registry.stack import two_versions, wait
 
@@ -74,7 +75,7 @@ def test_a_server_shows_the_ledger_and_is_purged(tmp_path: Path, server: Server)
     assert mlflow.get_model_version_by_alias("acme", "live").tags["riverdelta.version"] == "3"
     assert not kept.exists()
     assert mlflow.get_run(held.run_id).info.lifecycle_stage == "deleted"
-    manifest = json.loads(stack.store.get(f"forgets/{request}.json"))
+    manifest = json.loads(stack.store.get(manifest_key(request)))
     assert held.run_id in manifest["mlflow_gc_needed"]["acme"]
     shown = {version.tags.get("riverdelta.version") for version in mlflow.search_model_versions("name='acme'")}
     assert shown == {"1", "3"}

@@ -15,6 +15,7 @@ from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger.database import Database
 from riverdelta.registry.mlflow_store import MlflowStore
 from riverdelta.registry.operations import Operations
+from riverdelta.registry.purge import manifest_key
 from riverdelta.registry.verify import verify
 from tests.registry.stack import Stack, two_versions
 
@@ -29,7 +30,7 @@ class Fuse:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left: int | None = None
         effects = [
-            (ObjectStore, "put"),
+            (ObjectStore, "put_all"),
             (ObjectStore, "delete"),
             (Database, "write"),
             (Database, "scrub"),
@@ -64,7 +65,7 @@ def purge(stack: Stack) -> None:
 
 def seen(stack: Stack, request: str, first: int) -> dict[str, Any]:
     """The end state of a forget whose segment begins at an index, without what differs from one to the next."""
-    manifest = json.loads(stack.store.get(f"forgets/{request}.json"))
+    manifest = json.loads(stack.store.get(manifest_key(request)))
     [adapter] = manifest["adapters"]
     [revoked], [rebuilt] = adapter["revoked"], adapter["rebuilt"]
     version = stack.ledger.version("acme", revoked["version"])

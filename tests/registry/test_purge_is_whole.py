@@ -1,0 +1,122 @@
+"""A purge counts as done only when all of what it promises is gone, whatever lies in the store or was left behind."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from riverdelta.core.digests import sha256
+from riverdelta.core.settings import Settings
+from riverdelta.core.store import weights_key
+from riverdelta.registry.certificate import check, check_stored
+from riverdelta.registry.keeper import Keeper
+from riverdelta.registry.ledger import Stage
+from riverdelta.registry.operations import Operations, told
+from riverdelta.registry.purge import PUBLIC_KEY, certificate_key, manifest_key
+from riverdelta.registry.signing import key_of, opened
+from tests.registry.stack import Stack, two_versions
+
+
+class Quiet:
+    """A projection that shows nothing."""
+
+    def erase(self, *_: object) -> list[str]:
+        return []
+
+    def scrub(self) -> None:
+        pass
+
+
+def keeper_of(stack: Stack, orphan_seconds: float = 0.0) -> Keeper:
+    """A keeper without MLflow."""
+    keeper = Keeper(stack.ledger, stack.settings, stack.store, orphan_seconds)
+    quiet: Any = Quiet()
+    keeper._projection = quiet
+    return keeper
+
+
+def stages(stack: Stack, keeper: Keeper) -> dict[str, Stage]:
+    """How far every forget comes in a few looks."""
+    for _ in range(4):
+        if not keeper.advance_forgets():
+            break
+    return {forget.id: forget.stage for forget in stack.ledger.forgets()}
+
+
+def forget(stack: Stack, subject: str, request: str) -> None:
+    """Forget a subject, up to its rebuild."""
+    Operations(stack.ledger, stack.settings, "op").forget(subject, ["acme"], request=request)
+    stack.train("acme")
+
+
+def certified(stack: Stack, request: str) -> dict[str, Any]:
+    """What the certificate says, which must be in order."""
+    data = stack.store.get(stack.ledger.forget_of(request).body["certificate"])
+    said = opened(data, key_of(stack.store.get(PUBLIC_KEY)))
+    assert check(said).problems == ()
+    assert check_stored(stack.ledger, said, sha256(data))[0] == []
+    held: dict[str, Any] = said["predicate"]
+    assert held["request"] == request
+    return held
+
+
+def test_what_others_write_to_the_store_is_not_signed(tmp_path: Path) -> None:
+    stack, rehearsal = (two_versions(Settings(data=tmp_path / name / "data")) for name in ("real", "rehearsal"))
+    doomed = stack.ledger.version("acme", 2).digest
+    forget(rehearsal, "ann", "r1")
+    assert stages(rehearsal, keeper_of(rehearsal)) == {"r1": Stage.PURGED}
+    planted = json.loads(rehearsal.store.get(manifest_key("r1"))) | {"kafka": [], "subject": "0" * 64}
+    forget(stack, "ann", "r1")
+    stack.store.put(manifest_key("r1"), json.dumps(planted).encode())
+    assert stages(stack, keeper_of(stack)) == {"r1": Stage.PURGED}
+    assert not stack.store.exists(weights_key(doomed))
+    held = certified(stack, "r1")
+    assert held["kafka"]
+    assert held["subject"] == stack.key.subject("ann")
+    assert json.loads(stack.store.get(manifest_key("r1"))) == held
+    assert sha256(stack.store.get(manifest_key("r1"))) == stack.ledger.forget_of("r1").body["manifest_sha"]
+
+
+def test_what_a_backup_brought_back_is_forgotten_again_under_the_same_id(tmp_path: Path) -> None:
+    settings, backup = Settings(data=tmp_path / "all" / "data"), tmp_path / "backup"
+    stack = two_versions(settings)
+    doomed = weights_key(stack.ledger.version("acme", 2).digest)
+    stack.ledger.close()
+    stack.keys.close()
+    shutil.copytree(tmp_path / "all", backup)
+    stack = Stack(settings)
+    forget(stack, "ann", "r1")
+    assert stages(stack, keeper_of(stack)) == {"r1": Stage.PURGED}
+    first = certified(stack, "r1")
+    manifest, certificate = stack.store.get(manifest_key("r1")), stack.store.get(certificate_key("r1"))
+    stack.ledger.close()
+    stack.keys.close()
+    shutil.rmtree(tmp_path / "all")
+    shutil.copytree(backup, tmp_path / "all")
+    stack = Stack(settings)
+    stack.store.put_all({manifest_key("r1"): manifest, certificate_key("r1"): certificate})  # not in the backup
+    assert stack.store.exists(doomed)
+    forget(stack, "ann", "r1")
+    assert stages(stack, keeper_of(stack)) == {"r1": Stage.PURGED}
+    assert not stack.store.exists(doomed)
+    again = certified(stack, "r1")
+    assert again["fenced_at"] > first["purged_at"]
+    assert again["purged_at"] >= again["fenced_at"]
+
+
+def test_every_request_has_a_place_of_its_own(tmp_path: Path) -> None:
+    stack = two_versions(Settings(data=tmp_path / "data"))
+    ids = ["req-7", "req-7.dsse", "req 7", sha256(b"req 7"), "certificates.pub", "../../x", "é"]
+    for number, request in enumerate(ids):
+        stack.seal("acme", [(f"subject{number}", f"said {number}")])
+        stack.train("acme")
+        forget(stack, f"subject{number}", request)
+        assert stages(stack, keeper_of(stack))[request] is Stage.PURGED
+        place = f"forgets/{sha256(request.encode())}"
+        done = told(stack.ledger.forget_of(request))
+        assert (manifest_key(request), done["certificate"]) == (
+            f"{place}/manifest.json",
+            f"{place}/certificate.dsse.json",
+        )
+    for number, request in enumerate(ids):
+        assert certified(stack, request)["subject"] == stack.key.subject(f"subject{number}")
