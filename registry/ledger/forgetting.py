@@ -271,11 +271,14 @@ class Forgetting(Lending):
 
     def forgets(self, unfinished: bool = False) -> list[Forget]:
         """Forget procedures, oldest first."""
+        with self.db.read() as c:
+            return self._forgets(c, unfinished)
+
+    def _forgets(self, c: sa.Connection, unfinished: bool) -> list[Forget]:
         query = sa.select(t.forgets).order_by(t.forgets.c.fence)
         if unfinished:
             query = query.where(t.forgets.c.stage != Stage.PURGED)
-        with self.db.read() as c:
-            return [forget_of(row) for row in c.execute(query)]
+        return [forget_of(row) for row in c.execute(query)]
 
     def forget_of(self, request: str) -> Forget:
         """One forget procedure."""

@@ -1,6 +1,6 @@
 """Inside a ledger transaction: read an adapter's state, and apply a decided change to it with its facts."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -81,17 +81,6 @@ class Journal:
 
     def __init__(self, db: Database) -> None:
         self.db = db
-
-    def _act(
-        self, adapter: str, actor: str, reason: str, decide: Callable[[sa.Connection, AdapterRecord], Change]
-    ) -> AdapterRecord:
-        with self.db.write() as c:
-            self._take_back(c, adapter)
-            head = self._adapter(c, adapter, lock=True)
-            return self._apply(c, head, decide(c, head), actor, reason)
-
-    def _take_back(self, c: sa.Connection, adapter: str) -> None:
-        """See `lending`."""
 
     def _apply(self, c: sa.Connection, before: AdapterRecord, change: Change, actor: str, reason: str) -> AdapterRecord:
         after = replace(change.adapter, head=before.head + len(change.facts))

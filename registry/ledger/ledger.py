@@ -360,6 +360,14 @@ class Ledger(Sealing, Claims, Forgetting):
 
     # -- operators -------------------------------------------------------------------------------------------
 
+    def _act(
+        self, adapter: str, actor: str, reason: str, decide: Callable[[sa.Connection, AdapterRecord], Change]
+    ) -> AdapterRecord:
+        with self.db.write() as c:
+            self._take_back(c, adapter)
+            head = self._adapter(c, adapter, lock=True)
+            return self._apply(c, head, decide(c, head), actor, reason)
+
     def release(self, adapter: str, version: int, actor: str, reason: str = "") -> AdapterRecord:
         """Move the release, without a hold."""
         return self._act(
@@ -408,10 +416,9 @@ class Ledger(Sealing, Claims, Forgetting):
 
     def retain(self, adapter: str, actor: str, dry: bool = False) -> Change | None:
         """Let go of what the recipe's `retain` no longer keeps, unless a procedure is under way; what that was."""
-        pending = {name for held in self.forgets(unfinished=True) for name in held.adapters}
         with self.db.write() as c:
             head = self._adapter(c, adapter, lock=True)
-            if adapter in pending or adapter in self._loans(c):
+            if any(adapter in held.adapters for held in self._forgets(c, unfinished=True)):
                 return None
             rules = Recipe.from_dict(head.recipe).retain
             change = decide_retention(head, self._versions(c, adapter), self._segments(c, adapter), rules)

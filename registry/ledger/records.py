@@ -1,4 +1,4 @@
-"""The ledger's nouns: adapters, segments and their manifests, versions, facts, fences, leases."""
+"""The ledger's nouns: adapters, segments and their manifests, versions, facts, forgets, gaps, leases."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -163,3 +163,21 @@ def test_a_forget_beyond_the_horizon(tmp_path: Path, beyond: str) -> None:
     ]
     assert learned[::-1] == [number for number in range(1, 7) if number not in gone]
     assert stack.ledger.is_rebuilt(forget)
+
+
+def test_a_forget_that_comes_while_gc_begins_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is under way is read where nothing can come in between."""
+    stack = stack_of(tmp_path, every=4, targets=1)
+    for who in SUBJECTS:
+        seal(stack, who)
+        stack.train("acme")
+    assert stack.ledger.retain("acme", "gc", dry=True) is not None
+    write = stack.ledger.db.write
+
+    def after_a_forget() -> Any:
+        monkeypatch.setattr(stack.ledger.db, "write", write)
+        stack.ledger.forget("late", stack.key.subject("nobody"), ["acme"], "op")
+        return write()
+
+    monkeypatch.setattr(stack.ledger.db, "write", after_a_forget)
+    assert stack.ledger.retain("acme", "gc") is None
