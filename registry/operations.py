@@ -50,7 +50,7 @@ class ForgetReport:
     seconds: float
 
 
-def told(forget: Forget, sees: Callable[[str], bool] = lambda adapter: True) -> dict[str, Any]:
+def forget_json(forget: Forget, sees: Callable[[str], bool] = lambda adapter: True) -> dict[str, Any]:
     """A forget as scripts are told of it, as far as it is about adapters that one `sees`: the epoch that it gave each,
     the versions that it revoked and the entries that it erased."""
     doomed = [part for part in forget.body["doomed"] if sees(part["adapter"])]

@@ -15,7 +15,7 @@ from riverdelta.core.recipe import Recipe
 from .certificate import Checked
 from .diff import Difference
 from .ledger import AdapterRecord, Fact, Forget, Hand, Ledger, Outcome, SegmentRecord, Stage, VersionRecord
-from .operations import ForgetReport, Progress, told
+from .operations import ForgetReport, Progress, forget_json
 from .verify import Verified
 
 # What is printed is data: brackets in a reason are not markup. A pipe has room for whole lines.
@@ -49,7 +49,7 @@ def print_adapters(ledger: Ledger, as_json: bool) -> None:
                     for head in heads
                 ],
                 "forgets": [
-                    {**told(forget), **dict(zip(("rebuild", "left"), ledger.count_rebuild(forget), strict=True))}
+                    {**forget_json(forget), **dict(zip(("rebuild", "left"), ledger.count_rebuild(forget), strict=True))}
                     for forget in forgets
                 ],
             }
@@ -132,7 +132,7 @@ def print_log(ledger: Ledger, name: str, after: int, as_json: bool) -> None:
 
 def print_forget(forget: Forget, report: ForgetReport, receipt: int | None, as_json: bool) -> None:
     """What a forget has done so far, and how many entries its receipt holds where one was written."""
-    held = told(forget)
+    held = forget_json(forget)
     if as_json:
         held |= {} if receipt is None else {"receipt": receipt}
         print_json({**held, "lost_servers": report.lost, "seconds": round(report.seconds, 4)})

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from riverdelta.core.errors import NotFound, Refused
 from riverdelta.core.names import check_adapter
 from riverdelta.registry.ledger import AdapterRecord, Forget, Mode
-from riverdelta.registry.operations import LONGEST_SECONDS, Operations, told
+from riverdelta.registry.operations import LONGEST_SECONDS, Operations, forget_json
 
 from .api_keys import Caller
 from .server import Server
@@ -131,7 +131,7 @@ def _own(adapter: str, caller: Caller) -> str:
 
 def _forget(held: Forget, caller: Caller) -> dict[str, Any]:
     """A forget as far as the caller may know of it, by the id that it gave."""
-    return {**told(held, caller.sees), "request_id": held.id.removeprefix(caller.namespace)}
+    return {**forget_json(held, caller.sees), "request_id": held.id.removeprefix(caller.namespace)}
 
 
 def _head(head: AdapterRecord) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from riverdelta.registry import contents, operations
 from riverdelta.registry.gc import collect
 from riverdelta.registry.keeper import Keeper, run
 from riverdelta.registry.ledger import Cause, Hand, Outcome, Stage
-from riverdelta.registry.operations import Operations, told
+from riverdelta.registry.operations import Operations, forget_json
 from riverdelta.registry.purge import manifest_key
 from tests.registry.stack import Stack, two_versions, wait
 
@@ -232,7 +232,7 @@ def test_a_forget_is_rebuilt_and_purged(alone: Settings) -> None:
     assert all(scan(alone, trace) for trace in dirty.values())
     sealed, before = stack.ledger.segment("acme", 2), stack.ledger.manifest("acme", 2)
     report = Operations(stack.ledger, alone, "op").forget("ann", ["acme"], reason="ann asked")
-    assert told(report.forget)["revoked"] == {"acme": [2]}
+    assert forget_json(report.forget)["revoked"] == {"acme": [2]}
     assert stack.ledger.segment("acme", 2) == replace(sealed, outcome=Outcome.AWAITING, version=None)
     with pytest.raises(NotFound):  # it is all still stored, and from here on nobody can read it
         contents.read_openings(stack.store, stack.keys, sealed, before)

@@ -11,7 +11,7 @@ from riverdelta.core.store import weights_key
 from riverdelta.registry.certificate import check, check_stored
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import Stage
-from riverdelta.registry.operations import Operations, told
+from riverdelta.registry.operations import Operations, forget_json
 from riverdelta.registry.purge import PUBLIC_KEY, certificate_key, manifest_key
 from riverdelta.registry.signing import key_of, opened
 from tests.registry.stack import Stack, two_versions
@@ -113,7 +113,7 @@ def test_every_request_has_a_place_of_its_own(tmp_path: Path) -> None:
         forget(stack, f"subject{number}", request)
         assert stages(stack, keeper_of(stack))[request] is Stage.PURGED
         place = f"forgets/{sha256(request.encode())}"
-        done = told(stack.ledger.forget_of(request))
+        done = forget_json(stack.ledger.forget_of(request))
         assert (manifest_key(request), done["certificate"]) == (
             f"{place}/manifest.json",
             f"{place}/certificate.dsse.json",
