@@ -88,13 +88,16 @@ class ObjectStore:
 
     def drop_drafts(self, age: float) -> None:
         """Delete what writers that were killed left half written more than `age` seconds ago (folders only)."""
-        if self._folder is None:
-            return
         limit = time.time() - age
-        for path in self._folder.rglob("*#*"):
+        for path in map(Path, self.drafts()):
             with contextlib.suppress(FileNotFoundError):
-                if re.fullmatch(r".+#\d+", path.name) and path.stat().st_mtime <= limit:
+                if path.stat().st_mtime <= limit:
                     path.unlink()  # a writer that lives after all begins again
+
+    def drafts(self) -> set[str]:
+        """The files of what is being written, or was when a writer was killed (folders only)."""
+        found = self._folder.rglob("*#*") if self._folder is not None else ()
+        return {str(path) for path in found if re.fullmatch(r".+#\d+", path.name)}
 
     def keys(self, prefix: str) -> Iterator[str]:
         """The keys below a folder, sorted."""

@@ -12,6 +12,10 @@ from .ledger import Fact, Forget, Ledger, Line
 
 # Acts of operators shape what is learned, and are kept when what was learned is replayed.
 _ACTS = ("rollback", "resume", "by_hand", "allow")
+_CHECKPOINTS = (
+    "checkpoints of increments under way, in the data folders of other machines than the keeper's on which no trainer "
+    "runs: the next that starts there deletes them"
+)
 
 
 def kafka_still_holds(
@@ -126,8 +130,10 @@ def _previous(ledger: Ledger) -> str:
 
 
 def _residual(facts: list[Fact]) -> dict[str, Any]:
-    """What of the past stays, forgotten or not: the segments' boundaries with their triggers, and operators' acts."""
+    """What of the past stays, forgotten or not: the segments' boundaries with their triggers, and operators' acts; and
+    what no keeper can reach."""
     return {
+        "elsewhere": [_CHECKPOINTS],
         "boundaries": [
             [fact.body["first"], fact.body["count"], fact.body["trigger"]] for fact in facts if fact.kind == "sealed"
         ],

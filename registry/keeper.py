@@ -205,10 +205,11 @@ class Keeper:
             self._purges[forget.id] = Purge(
                 self._ledger, self._store, self._keys, self.projection, self._settings, self._orphan_seconds
             )
-        if self._purges[forget.id].run(forget):
-            del self._purges[forget.id]
-            forget = self._ledger.forget_of(forget.id)
-        return forget
+        if waits := self._purges[forget.id].run(forget):
+            self._tell(forget, f"waits for {waits}")
+            return forget
+        del self._purges[forget.id]
+        return self._ledger.forget_of(forget.id)
 
     def _waits(self, forget: Forget, leases: list[Lease]) -> Forget:
         self._tell(forget, f"waits for {', '.join(lease.holder for lease in leases)}")

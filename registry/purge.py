@@ -19,7 +19,7 @@ from riverdelta.core.settings import Settings
 from riverdelta.core.store import ObjectStore, state_key, weights_key
 from riverdelta.core.times import now
 
-from . import contents, gc
+from . import checkpoints, contents, gc
 from .certificate import statement
 from .evidence import finish, kafka_still_holds
 from .kafka_delete import delete_request
@@ -71,22 +71,26 @@ class Purge:
         self._projection = projection
         self._settings = settings
         self._orphan_seconds = orphan_seconds
-        self._began = time.monotonic()
+        self._began, self._since = time.monotonic(), time.time()
         self._suspects = gc.unnamed(ledger, store, keys)
+        self._drafts = store.drafts()
 
-    def run(self, forget: Forget) -> bool:
-        """Purge, and say so in the ledger. False while something that may be left over of refused work cannot be told
-        from work in hand: come again."""
-        left = self._erase(forget)
-        if left is None:
-            return False
+    def run(self, forget: Forget) -> str:
+        """Purge, and say so in the ledger: empty when it is done, or else what it waits for. Come again."""
+        contents.erase(self._ledger, self._keys, forget)
+        self._rewrite_payloads(forget)
+        self._delete_weights(forget)
+        left = {part["adapter"]: self._projection.erase(part["adapter"], part["versions"]) for part in _parts(forget)}
+        if waits := self._delete_checkpoints(forget) or self._collect():
+            return waits
+        self._scrub(forget)
         draft = self._erased(forget)
         asked = forget.body.get("asked")
         if asked and delete_request(self._settings, asked):
             for held in draft["kafka"]:
                 if held["topic"] == asked["topic"]:
                     held["unreadable_since"] = now()
-        manifest = finish(draft, self._ledger, forget, left)
+        manifest = finish(draft, self._ledger, forget, {name: runs for name, runs in left.items() if runs})
         written = json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n"
         signed = sign(self._settings.keys_dir, statement(manifest))
         self._store.put_all(
@@ -105,34 +109,27 @@ class Purge:
         }
         self._ledger.advance(forget.id, Stage.PURGED, done, KEEPER)
         log.info("purged", extra={"request": forget.id, "entries": len(manifest["erased"])})
-        return True
+        return ""
 
-    def _erase(self, forget: Forget) -> dict[str, list[str]] | None:
-        """Everything that goes; per adapter the MLflow runs that only `mlflow gc` can remove, None while something
-        cannot be told from work in hand."""
-        contents.erase(self._ledger, self._keys, forget)
-        self._rewrite_payloads(forget)
-        self._delete_weights(forget)
-        self._delete_checkpoints(forget)
-        left = {part["adapter"]: self._projection.erase(part["adapter"], part["versions"]) for part in _parts(forget)}
-        if not self._collect():
-            return None
+    def _collect(self) -> str:
+        """Delete what refused work and crashes left in the store before the fence was carried out; until that can be
+        told from work in hand, what is waited for."""
+        left = self._suspects.keys() & gc.unnamed(self._ledger, self._store, self._keys).keys()
+        if left and time.monotonic() - self._began < self._orphan_seconds:
+            return f"{len(left)} objects that may be of work in hand"
+        if left:
+            self._ledger.delete_unnamed(left, partial(gc.delete, self._store, self._keys))
         self._store.drop_drafts(self._orphan_seconds)
+        half = self._drafts & self._store.drafts()
+        return f"{len(half)} half-written objects that may be of work in hand" if half else ""
+
+    def _scrub(self, forget: Forget) -> None:
+        """Overwrite what deleting left in the databases."""
         for part in _parts(forget):
             self._ledger.mark_purged(part["adapter"], part["versions"])
         self._projection.scrub()
         self._ledger.db.scrub()
         self._keys.scrub()
-        return {name: runs for name, runs in left.items() if runs}
-
-    def _collect(self) -> bool:
-        """Delete what refused work and crashes left in the store before the fence was carried out."""
-        left = self._suspects.keys() & gc.unnamed(self._ledger, self._store, self._keys).keys()
-        if left and time.monotonic() - self._began < self._orphan_seconds:
-            return False
-        if left:
-            self._ledger.delete_unnamed(left, partial(gc.delete, self._store, self._keys))
-        return True
 
     def _erased(self, forget: Forget) -> dict[str, Any]:
         """What has been erased, and where it lay: the ledger keeps that."""
@@ -217,11 +214,11 @@ class Purge:
         keys |= {state_key(digest) for part in parts for digest in part["states"]}
         self._ledger.delete_unnamed(keys, self._store.delete, revoked=True)
 
-    def _delete_checkpoints(self, forget: Forget) -> None:
-        """Delete the copies that trainers keep of increments under way; one that lives writes its own again."""
-        for part in _parts(forget):
-            for key in self._store.keys(f"checkpoints/{part['adapter']}/"):
-                self._store.delete(key)
+    def _delete_checkpoints(self, forget: Forget) -> str:
+        """Delete what trainers have left of increments under way; what is waited for where one holds some."""
+        adapters, trainers = {part["adapter"] for part in _parts(forget)}, self._settings.data / "trainer"
+        held = checkpoints.delete(self._store, trainers, adapters, self._since)
+        return f"the trainer that holds {', '.join(held)} to go on; end it if it hangs" if held else ""
 
 
 def _parts(forget: Forget) -> list[dict[str, Any]]:

@@ -3,12 +3,12 @@
 Several trainers may share a data folder: each claims a numbered place by a file lock, which dies with the process.
 """
 
-import fcntl
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from riverdelta.core import places
 from riverdelta.core.errors import Unavailable
 from riverdelta.core.store import ObjectStore
 
@@ -28,7 +28,7 @@ class TrainerFolder:
         self._store = store
         try:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock, self._path = _claim(root)
+            self._lock, self._path = places.claim(root)
         except OSError as error:
             raise Unavailable(
                 f"Cannot write to {root}: {error.strerror}.", "Is the disk full, or read-only?"
@@ -45,14 +45,11 @@ class TrainerFolder:
     def sweep(self, wanted: Wanted, but: frozenset[str] = frozenset()) -> None:
         """Delete every log that is not of its adapter's next work, here and where dead trainers left them; `but`
         names adapters whose logs are in use."""
-        for place in sorted(self._root.iterdir()):
-            if not place.is_dir():
-                continue
+        for place, free in places.each(self._root):
             if place == self._path:
                 _sweep(place, wanted, but)
-            elif (lock := _try_lock(place.with_suffix(".lock"))) is not None:
+            elif free:
                 _sweep(place, wanted, frozenset())
-                os.close(lock)
         for name in list(self._store.keys(checkpoints.SHIPPED)):
             adapter, _, key = name.removeprefix(checkpoints.SHIPPED).partition("/")
             if wanted(adapter) != key.partition(".")[0]:
@@ -72,22 +69,3 @@ def _sweep(place: Path, wanted: Wanted, but: frozenset[str]) -> None:
         if key is None or key != (checkpoints.key_in(folder) or "").partition(".")[0]:
             log.info("Removing the checkpoints of %s: the ledger has moved on", adapter)
             checkpoints.delete(folder)
-
-
-def _claim(root: Path) -> tuple[int, Path]:
-    number = 0
-    while (lock := _try_lock(root / f"{number}.lock")) is None:
-        number += 1
-    place = root / str(number)
-    place.mkdir(exist_ok=True, mode=0o700)
-    return lock, place
-
-
-def _try_lock(path: Path) -> int | None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -1,10 +1,13 @@
 """A purge counts as done only when all of what it promises is gone, whatever lies in the store or was left behind."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+from riverdelta.core import places
 from riverdelta.core.digests import sha256
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import weights_key
@@ -120,3 +123,43 @@ def test_every_request_has_a_place_of_its_own(tmp_path: Path) -> None:
         )
     for number, request in enumerate(ids):
         assert certified(stack, request)["subject"] == stack.key.subject(f"subject{number}")
+
+
+def test_checkpoints_that_dead_trainers_left_go_before_it_is_purged(tmp_path: Path) -> None:
+    stack = two_versions(Settings(data=tmp_path / "data"))
+    trainers = stack.settings.data / "trainer"
+    dead, hung, living = (trainers / str(number) for number in range(3))
+    trainers.mkdir()
+    locks = [places.claim(trainers)[0] for _ in range(3)]
+    os.close(locks[0])
+    for folder in (dead / "acme", dead / "acme.1", dead / "acme-two", hung / "acme", living / "acme"):
+        folder.mkdir()
+        (folder / "state-0").write_bytes(b"weights")
+    forget(stack, "ann", "r1")
+    os.utime(living / "acme" / "state-0", (time.time() + 60, time.time() + 60))  # of its work since the fence
+    keeper = keeper_of(stack)
+    assert stages(stack, keeper) == {"r1": Stage.REBUILT}
+    assert [path.name for path in dead.iterdir()] == ["acme-two"]
+    os.close(locks[1])
+    assert stages(stack, keeper) == {"r1": Stage.PURGED}
+    assert list(hung.iterdir()) == []
+    assert (living / "acme" / "state-0").exists()
+    [adapter] = certified(stack, "r1")["adapters"]
+    assert "other machines" in adapter["residual"]["elsewhere"][0]
+    os.close(locks[2])
+
+
+def test_what_a_killed_writer_left_half_written_goes_before_it_is_purged(tmp_path: Path) -> None:
+    stack = two_versions(Settings(data=tmp_path / "data"))
+    doomed = weights_key(stack.ledger.version("acme", 2).digest)
+    draft = stack.settings.data / "store" / f"{doomed}#17"
+    draft.write_bytes(stack.store.get(doomed))
+    forget(stack, "ann", "r1")
+    keeper = keeper_of(stack, orphan_seconds=30.0)
+    assert stages(stack, keeper) == {"r1": Stage.REBUILT}
+    later = draft.with_name(f"{'0' * 64}.safetensors#18")  # of work that has begun since
+    later.write_bytes(b"other weights")
+    os.utime(draft, (time.time() - 60, time.time() - 60))
+    assert stages(stack, keeper) == {"r1": Stage.PURGED}
+    assert not draft.exists()
+    assert later.exists()
