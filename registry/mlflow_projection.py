@@ -5,15 +5,14 @@ numbers its versions by itself. What others keep in the same MLflow is left alon
 """
 
 import logging
-import tempfile
+import shutil
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from riverdelta.core.digests import canonical_json, digest_of
-from riverdelta.core.errors import Conflict, Corrupt, NotFound, Refused
+from riverdelta.core.errors import Conflict, Corrupt, NotFound, Refused, Unavailable
 from riverdelta.core.store import ObjectStore, weights_key
 from riverdelta.core.times import now
 
@@ -51,7 +50,9 @@ class Projection:
         self._ledger = ledger
         self._store = store
         self._mlflow = mlflow
+        self._folder = mlflow.drafts
         self._one_at_a_time = threading.RLock()
+        self._empty()  # of what a process that was killed left there
 
     def catch_up(self) -> list[str]:
         """Project every adapter whose journal has moved on; their names. One that cannot be shown, as its weights are
@@ -122,6 +123,7 @@ class Projection:
         """Remove versions' rows and artifacts past MLflow's soft deletion; the ids of runs whose rows only the MLflow
         server's own `mlflow gc` can remove."""
         with self._one_at_a_time:
+            self._empty()
             experiment = self._mlflow.ensure_experiment(adapter)
             left = self._erase_gate(adapter, experiment) if versions else []
             return left + self._erase_versions(adapter, versions)
@@ -165,16 +167,28 @@ class Projection:
         if run is None:
             run = self._mlflow.create_run(experiment, f"{head.name}@{version.number}", at, _tags(version))
         self._mlflow.restore_run(run)
-        with tempfile.TemporaryDirectory() as folder:
+        self._empty()
+        try:
             data = self._store.get(weights_key(version.digest))
-            write_peft_folder(Path(folder), data, version.digest)
-            wanted = {path.name: path.stat().st_size for path in Path(folder).iterdir()}
+            self._folder.mkdir(parents=True, mode=0o700)
+            write_peft_folder(self._folder, data, version.digest)
+            wanted = {path.name: path.stat().st_size for path in self._folder.iterdir()}
             there = self._mlflow.artifacts(run, FOLDER)
             if any(there.get(name) != size for name, size in wanted.items()):
-                self._mlflow.log_folder(run, Path(folder), FOLDER)
+                self._mlflow.log_folder(run, self._folder, FOLDER)
+        finally:
+            self._empty()
         self._mlflow.log(run, _flat(head.recipe), _curves(version.metrics), at)
         self._mlflow.end_run(run, at)
         return run
+
+    def _empty(self) -> None:
+        """Nothing of a version lies outside the store and MLflow once it is shown, or is to be erased."""
+        if self._folder.exists():
+            try:
+                shutil.rmtree(self._folder)
+            except OSError as error:
+                raise Unavailable(f"Cannot empty {self._folder}: {error.strerror}.", "Is it read-only?") from error
 
     # -- the gate --------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ class MlflowStore:
         self.uri = settings.mlflow_uri
         self._own = not settings.registry.mlflow
         self._artifacts = settings.data.absolute() / "mlflow-artifacts"
+        self.drafts = settings.data.absolute() / "mlflow-drafts"  # where files lie that are on their way to MLflow
         with self._told():
             if self._own:
                 _ensure_database(settings.data.absolute() / "mlflow.db")

@@ -1,11 +1,15 @@
 """A purge counts as done only when all of what it promises is gone, whatever lies in the store or was left behind."""
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from riverdelta.core import places
 from riverdelta.core.digests import sha256
@@ -14,6 +18,7 @@ from riverdelta.core.store import weights_key
 from riverdelta.registry.certificate import check, check_stored
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import Stage
+from riverdelta.registry.mlflow_store import MlflowStore
 from riverdelta.registry.operations import Operations, forget_json
 from riverdelta.registry.purge import PUBLIC_KEY, certificate_key, manifest_key
 from riverdelta.registry.signing import key_of, opened
@@ -163,3 +168,36 @@ def test_what_a_killed_writer_left_half_written_goes_before_it_is_purged(tmp_pat
     assert stages(stack, keeper) == {"r1": Stage.PURGED}
     assert not draft.exists()
     assert later.exists()
+
+
+def test_what_a_killed_keeper_had_on_its_way_to_mlflow_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = two_versions(Settings(data=tmp_path / "data"))
+    weights = stack.store.get(weights_key(stack.ledger.version("acme", 2).digest))
+    outside = tmp_path / "temporary"
+    outside.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(outside))
+    folder = stack.settings.data / "mlflow-drafts"
+    log_folder, seen = MlflowStore.log_folder, list[Path]()
+
+    def killed(store: MlflowStore, run: Any, local: Path, name: str) -> None:
+        seen.extend(local.iterdir())
+        shutil.copytree(local, tmp_path / "left")  # as a killed process leaves it
+        log_folder(store, run, local, name)
+
+    monkeypatch.setattr(MlflowStore, "log_folder", killed)
+    keeper = Keeper(stack.ledger, stack.settings, stack.store, orphan_seconds=0.0)
+    with contextlib.suppress(FileExistsError):  # the second of the two
+        keeper.projection.catch_up()
+    assert seen
+    assert {path.parent for path in seen} == {folder}
+    assert not folder.exists()
+    shutil.copytree(tmp_path / "left", folder)
+    monkeypatch.setattr(MlflowStore, "log_folder", log_folder)
+    assert Keeper(stack.ledger, stack.settings, stack.store).projection
+    assert not folder.exists(), "by the keeper that starts"
+    forget(stack, "ann", "r1")
+    shutil.copytree(tmp_path / "left", folder)
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    assert stages(stack, keeper) == {"r1": Stage.PURGED}
+    assert not folder.exists(), "before it is purged"
+    assert list(outside.iterdir()) == []
