@@ -138,9 +138,11 @@ class Opening(msgspec.Struct):
 
 
 class Receipt(msgspec.Struct):
-    """What a subject keeps: what their entries said, which nobody else can say once they are erased."""
+    """What a subject keeps: what their entries said, which nobody else can say once they are erased. `gone` counts
+    those whose contents lay beyond the forget horizon already."""
 
     entries: list[Opening]
+    gone: int = 0
 
 
 def receipt(
@@ -148,10 +150,13 @@ def receipt(
 ) -> Receipt:
     """The receipt of a subject (as its keyed hash) for what some adapters (None: all) hold of it now."""
     names = [head.name for head in ledger.adapters()] if adapters is None else adapters
-    entries = []
+    entries, gone = [], 0
     for name in names:
         for segment, manifest in ledger.manifests(name):
             if subject not in manifest.mentions:
+                continue
+            if segment.dropped:
+                gone += sum(subject in entry.subjects for entry in manifest.entries if not entry.tombstone)
                 continue
             openings = contents.read_openings(store, keys, segment, manifest)
             for place, (entry, opening) in enumerate(zip(manifest.entries, openings, strict=True)):
@@ -160,7 +165,7 @@ def receipt(
                         base64.b64encode(part).decode() for part in (opening[:SALT_BYTES], opening[SALT_BYTES:])
                     )
                     entries.append(Opening(name, segment.first + place, salt, said))
-    return Receipt(entries)
+    return Receipt(entries, gone)
 
 
 def is_receipt(data: bytes) -> bool:
@@ -174,25 +179,41 @@ def is_receipt(data: bytes) -> bool:
 
 def open_receipt(told: Mapping[str, Any], data: bytes) -> tuple[int, list[str]]:
     """How many erased entries a receipt opens, and what does not fit: an entry that the certificate does not name, or
-    names with another content."""
+    names with another content, or that is there twice."""
     try:
         given = msgspec.json.decode(data, type=Receipt)
-        openings = [(each, base64.b64decode(each.salt) + base64.b64decode(each.content)) for each in given.entries]
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(
             f"The receipt cannot be read: {error}.", "Give the file that `forget --receipt` wrote."
         ) from error
     erased = {(each["adapter"], each["index"]): each["commitment"] for each in told["predicate"]["erased"]}
-    opened, problems = 0, []
-    for each, opening in openings:
-        commitment = erased.get((each.adapter, each.index))
-        if commitment is None:
-            problems.append(f"Entry {each.index} of {each.adapter} is in the receipt and was not erased.")
-        elif merkle.leaf(opening).hex() != commitment:
-            problems.append(f"Entry {each.index} of {each.adapter} said something else than the receipt.")
+    opened, problems, seen = 0, list[str](), set[tuple[str, int]]()
+    for each in given.entries:
+        place, entry = (each.adapter, each.index), f"Entry {each.index} of {each.adapter}"
+        salt, content = _exactly(each.salt), _exactly(each.content)
+        if place in seen:
+            problems.append(f"{entry} is in the receipt more than once.")
+        elif place not in erased:
+            problems.append(f"{entry} is in the receipt and was not erased.")
+        elif salt is None or content is None:
+            problems.append(f"{entry} is not written in base64 in the receipt.")
+        elif len(salt) != SALT_BYTES:  # with another, bytes of the content would pass for the salt's
+            problems.append(f"{entry} has no salt of {SALT_BYTES} bytes in the receipt.")
+        elif merkle.leaf(salt + content).hex() != erased[place]:
+            problems.append(f"{entry} said something else than the receipt.")
         else:
             opened += 1
-    return opened, problems
+        seen.add(place)
+    return opened, list(dict.fromkeys(problems))
+
+
+def _exactly(written: str) -> bytes | None:
+    """The bytes that are written so in base64, to the letter; None where there are none."""
+    try:
+        held = base64.b64decode(written, validate=True)
+    except ValueError:
+        return None
+    return held if base64.b64encode(held).decode() == written else None
 
 
 def check_stored(ledger: Ledger, told: Mapping[str, Any], digest: str) -> tuple[list[str], list[str]]:

@@ -215,8 +215,10 @@ class Operations:
         return head
 
 
-def write_receipt(ledger: Ledger, settings: Settings, subject: str, adapters: Sequence[str] | None, path: Path) -> int:
-    """Write what a subject's entries say now to a new file that only its owner may read; how many there are."""
+def write_receipt(
+    ledger: Ledger, settings: Settings, subject: str, adapters: Sequence[str] | None, path: Path
+) -> certificate.Receipt:
+    """Write what a subject's entries say now to a new file that only its owner may read."""
     keys = key_store(ledger, settings)
     try:
         hashed = _hashed(ledger, settings, subject)
@@ -229,7 +231,7 @@ def write_receipt(ledger: Ledger, settings: Settings, subject: str, adapters: Se
         raise BadInput(f"Cannot write {path}: {error.strerror}.", "Name a new file for the receipt.") from error
     with os.fdopen(descriptor, "wb") as file:
         file.write(msgspec.json.encode(made))
-    return len(made.entries)
+    return made
 
 
 def await_purge(ledger: Ledger, request: str, progress: Callable[[str], None] | None = None) -> Forget:

@@ -12,7 +12,7 @@ from rich.table import Table
 from riverdelta.core.printing import many, print_json
 from riverdelta.core.recipe import Recipe
 
-from .certificate import Checked
+from .certificate import Checked, Receipt
 from .diff import Difference
 from .ledger import AdapterRecord, Fact, Forget, Hand, Ledger, Outcome, SegmentRecord, Stage, VersionRecord
 from .operations import ForgetReport, Progress, forget_json
@@ -130,11 +130,11 @@ def print_log(ledger: Ledger, name: str, after: int, as_json: bool) -> None:
     _out.print(table)
 
 
-def print_forget(forget: Forget, report: ForgetReport, receipt: int | None, as_json: bool) -> None:
+def print_forget(forget: Forget, report: ForgetReport, receipt: Receipt | None, as_json: bool) -> None:
     """What a forget has done so far, and how many entries its receipt holds where one was written."""
     held = forget_json(forget)
     if as_json:
-        held |= {} if receipt is None else {"receipt": receipt}
+        held |= {} if receipt is None else {"receipt": len(receipt.entries), "receipt_gone": receipt.gone}
         print_json({**held, "lost_servers": report.lost, "seconds": round(report.seconds, 4)})
         return
     entries, versions = held["entries"], sum(map(len, held["revoked"].values()))
@@ -150,7 +150,10 @@ def print_forget(forget: Forget, report: ForgetReport, receipt: int | None, as_j
     if not entries:
         _out.print("No entry names this subject: check the spelling, if it should have any.")
     if receipt is not None:
-        _out.print(f"The receipt holds what {many(receipt, 'entry')} said.")
+        gone = (
+            f"; {receipt.gone} more lie beyond the forget horizon, and their contents are gone" if receipt.gone else ""
+        )
+        _out.print(f"The receipt holds what {many(len(receipt.entries), 'entry')} said{gone}.")
     for holder in report.lost:
         _out.print(f"The server {holder} did not answer; its lease ran out, and it may not answer for adapters.")
     if forget.stage is Stage.PURGED:
