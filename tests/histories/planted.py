@@ -118,8 +118,8 @@ def _stale_clean_state(patch: Patch) -> None:
     """The first version that saw what is forgotten counts as clean."""
     find = decisions.dirty_versions
 
-    def later(versions: Any, touched: Any) -> set[int]:
-        dirty = find(versions, touched)
+    def later(versions: Any, touched: Any, *copies: Any) -> set[int]:
+        dirty = find(versions, touched, *copies)
         return dirty - {min(dirty, default=0)}
 
     patch.setattr(decisions, "dirty_versions", later)
@@ -163,9 +163,9 @@ def _decisions_unseen(patch: Patch) -> None:
     """A version is dirty by what it learned, not by what was set aside on the way to it."""
     find = decisions.dirty_versions
 
-    def learned(versions: Any, touched: Any) -> set[int]:
+    def learned(versions: Any, touched: Any, *copies: Any) -> set[int]:
         trained = {held.segment for held in versions.values()}
-        return find(versions, set(touched) & trained)
+        return find(versions, set(touched) & trained, *copies)
 
     patch.setattr(decisions, "dirty_versions", learned)
 
