@@ -159,14 +159,12 @@ class Keeper:
         for forget in self._ledger.forgets(unfinished=True):
             try:
                 moved = self._advance(forget)
-            except Unavailable:
+            except RiverdeltaError as error:  # one procedure that fails, or waits, must not keep the others waiting
                 self._purges.pop(forget.id, None)
-                raise
-            except RiverdeltaError as error:
-                self._purges.pop(forget.id, None)
-                self._tell(forget, f"cannot go on: {error}", logging.ERROR)
+                waits = isinstance(error, Unavailable)
+                self._tell(forget, f"cannot go on: {error}", logging.WARNING if waits else logging.ERROR)
                 moved = forget
-            except Exception as error:  # one procedure that fails must not keep the others waiting
+            except Exception as error:
                 self._purges.pop(forget.id, None)
                 if self._told.get(forget.id) != repr(error):
                     log.exception("Forget %s cannot go on", forget.id)

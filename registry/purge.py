@@ -190,9 +190,8 @@ class Purge:
                 self._rewrite(part["adapter"], number)
 
     def _rewrite(self, adapter: str, number: int) -> None:
-        """Give a segment a payload without its tombstones' contents, unless it has one already."""
-        while True:
-            segment = self._ledger.segment(adapter, number)
+        """Give a segment a payload without its tombstones' contents, unless it has one already, or none any more."""
+        while not (segment := self._ledger.segment(adapter, number)).dropped:
             live = [not entry.tombstone for entry in self._ledger.manifest(adapter, number).entries]
             data, digest = payload.without(self._store.get(segment.payload), segment.payload_sha, live)
             if digest == segment.payload_sha:

@@ -13,11 +13,13 @@ import pytest
 
 from riverdelta.core import places
 from riverdelta.core.digests import sha256
+from riverdelta.core.errors import Unavailable
 from riverdelta.core.settings import Settings
-from riverdelta.core.store import weights_key
+from riverdelta.core.store import ObjectStore, weights_key
 from riverdelta.registry.certificate import check, check_stored
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import Stage
+from riverdelta.registry.ledger import tables as t
 from riverdelta.registry.mlflow_store import MlflowStore
 from riverdelta.registry.operations import Operations, forget_json
 from riverdelta.registry.purge import PUBLIC_KEY, certificate_key, manifest_key
@@ -201,3 +203,35 @@ def test_what_a_killed_keeper_had_on_its_way_to_mlflow_goes(tmp_path: Path, monk
     assert stages(stack, keeper) == {"r1": Stage.PURGED}
     assert not folder.exists(), "before it is purged"
     assert list(outside.iterdir()) == []
+
+
+def test_a_segment_that_retention_drops_meanwhile_keeps_no_purge_waiting(tmp_path: Path) -> None:
+    stack = two_versions(Settings(data=tmp_path / "data"))
+    forget(stack, "ann", "r1")
+    payload, s = stack.ledger.segment("acme", 2).payload, t.segments.c
+    with stack.ledger.db.write() as c:
+        c.execute(t.segments.update().where(s.adapter == "acme", s.number == 2).values(payload=""))
+    stack.store.delete(payload)
+    assert stages(stack, keeper_of(stack)) == {"r1": Stage.PURGED}
+    held = certified(stack, "r1")
+    assert (held["payloads"], [each["segment"] for each in held["segments"]]) == ([], [2])
+
+
+def test_a_forget_that_is_stuck_keeps_no_other_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = two_versions(Settings(data=tmp_path / "data"))
+    stack.seal("acme", [("cat", "said")])
+    stack.train("acme")
+    forget(stack, "ann", "r1")
+    forget(stack, "cat", "r2")
+    stuck, get = stack.ledger.segment("acme", 2).payload, ObjectStore.get
+
+    def away(store: ObjectStore, key: str) -> bytes:
+        if key == stuck:
+            raise Unavailable("This part of the store is away.")
+        return get(store, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "get", away)
+        keeper = keeper_of(stack)
+        assert stages(stack, keeper) == {"r1": Stage.REBUILT, "r2": Stage.PURGED}
+    assert stages(stack, keeper) == {"r1": Stage.PURGED, "r2": Stage.PURGED}
