@@ -1,6 +1,6 @@
 """Verify: is what the ledger and the store hold what was written?"""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from riverdelta.core.store import ObjectStore, state_key, weights_key
 
 from . import contents
 from .keystore import KeyStore
-from .ledger import Fact, Ledger, SegmentRecord
+from .ledger import AdapterRecord, Fact, Ledger, SegmentRecord, VersionRecord
 from .ledger.journal import chained
 
 
@@ -27,7 +27,8 @@ class Verified:
 
 
 def verify(ledger: Ledger, store: ObjectStore, keys: KeyStore, adapter: str) -> Verified:
-    """Check an adapter's journal and head, manifests, payloads, keys and unpurged versions."""
+    """Check an adapter's journal, and by it head, versions, suppressions and manifests; payloads, keys and unpurged
+    versions."""
     head, known = ledger.adapter(adapter), ledger.versions(adapter)
     facts = [fact for fact in ledger.facts(adapter) if fact.seq <= head.head]  # others may be writing meanwhile
     segments = ledger.segments(adapter)
@@ -42,6 +43,9 @@ def verify(ledger: Ledger, store: ObjectStore, keys: KeyStore, adapter: str) -> 
     for what, number in (("release", head.release), ("tip", head.tip)):
         if number and (number not in known or known[number].revoked):
             problems.append(f"The {what} is version {number}, which is revoked or not there.")
+    problems += _check_release(head, facts)
+    problems += _check_versions(head, known, facts)
+    problems += _check_suppressions(ledger, head, facts)
     sealed = {fact.body["segment"]: fact.body for fact in facts if fact.kind == "sealed"}
     settled = not ledger.forgets(unfinished=True)
     following = tombstones = 0
@@ -62,6 +66,51 @@ def verify(ledger: Ledger, store: ObjectStore, keys: KeyStore, adapter: str) -> 
             if digest:
                 problems += [f"Version {version.number}: {problem}" for problem in _check_object(store, key, digest)]
     return Verified(adapter, len(facts), len(segments), len(versions), tuple(problems))
+
+
+def _check_release(head: AdapterRecord, facts: Sequence[Fact]) -> list[str]:
+    release = next((fact.body["to"] for fact in reversed(facts) if "to" in fact.body), 0)
+    return [] if release == head.release else [f"The release is {head.release}; the journal says {release}."]
+
+
+def _check_versions(head: AdapterRecord, known: Mapping[int, VersionRecord], facts: Sequence[Fact]) -> list[str]:
+    """What the ledger says of versions otherwise than the lines that made and revoked them."""
+    made = {fact.body["version"]: fact.body for fact in facts if fact.kind in ("increment", "imported")}
+    revoked = {number for fact in facts if fact.kind == "forget" for number in fact.body["revoked"]}
+    problems = []
+    for number in sorted(made.keys() | {number for number in known if number < head.next_version}):
+        version, said = known.get(number), made.get(number)
+        if version is None or said is None:
+            problems.append(f"Version {number} is {'not there' if version is None else 'not in the journal'}.")
+            continue
+        parts = said.get("parts", []) if not version.purged else []
+        for what, held, told in (
+            ("weights", version.digest, said["digest"]),
+            ("a parent", version.parent, said.get("parent", 0)),
+            ("a segment", version.segment, said.get("segment")),
+            ("parts", [part.digest for part in version.parts] if not version.purged else [], parts),
+        ):
+            if held != told:
+                problems.append(f"Version {number} has {what} that the journal does not give it: {held}, not {told}.")
+        if number in revoked and not version.revoked:
+            problems.append(f"Version {number} is not revoked; the journal says it is.")
+    return problems
+
+
+def _check_suppressions(ledger: Ledger, head: AdapterRecord, facts: Sequence[Fact]) -> list[str]:
+    """The subjects that the journal says are forgotten, and that would be learned from again."""
+    since: dict[str, int] = {}
+    suppressed = ledger.suppressed(head.name)
+    for fact in [*facts, *ledger.facts(head.name, after=head.head)]:  # what was allowed meanwhile is suppressed no more
+        if fact.kind == "allow":
+            since.pop(fact.body["subject"], None)
+        elif fact.kind == "forget" and fact.seq <= head.head and not fact.body.get("drawn_in"):
+            since.setdefault(fact.body["subject"], fact.seq)
+    return [
+        f"The subject {subject[:12]}… is not suppressed; fact {seq} of the journal says it is."
+        for subject, seq in since.items()
+        if subject not in suppressed
+    ]
 
 
 def _check_segment(

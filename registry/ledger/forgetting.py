@@ -79,6 +79,7 @@ class Forgetting(Lending):
             for name, reach in sorted(reaches.items()):
                 mentions = {subject} | writers if name in heads else writers
                 more = {"lent": lent[name][0]} if name in lent else {}
+                more |= {} if name in heads else {"drawn_in": True}  # the subject is not suppressed there
                 doomed.append(self._forget_one(c, reach, mentions, {**about, **more}, actor, reason))
             spared = [head for name, head in heads.items() if name not in reaches]
             nothing = {**about, "entries": 0}
