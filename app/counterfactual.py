@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from riverdelta.core.errors import Conflict, NotFound, Refused
+from riverdelta.core.errors import Conflict, Corrupt, NotFound, Refused
 from riverdelta.core.printing import print_json
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
@@ -185,10 +185,10 @@ def train(ledger: Ledger, settings: Settings, wanted: Plan, without: Collection[
 
 
 def main(settings: Settings, adapter: str, without: Collection[str], as_json: bool) -> int:
-    """Run it and print both digests; 0 when they are equal."""
+    """Run it and print both digests; the exit code, as of `registry verify --replay`."""
     result = run(settings, adapter, without)
     (print_json if as_json else print_replayed)(result)
-    return 0 if result["equal"] else 1
+    return 0 if result["equal"] else Corrupt.exit_code
 
 
 def run(settings: Settings, adapter: str, without: Collection[str]) -> dict[str, Any]:

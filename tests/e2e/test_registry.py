@@ -98,7 +98,7 @@ def test_forgotten_by_command_rebuilt_purged_and_proved(river: River, tmp_path: 
     assert not river.files_with(canary)
     assert not river.files_with(name)
     assert not list(river.data.rglob(f"{dirty}*"))
-    unequal = json.loads(river.tell("counterfactual", "forget", "--json", code=1))
+    unequal = json.loads(river.tell("counterfactual", "forget", "--json", code=7))
     assert unequal["equal"] is False, "with the subject's events the control ends elsewhere"
 
 
