@@ -16,13 +16,12 @@ from riverdelta.core.printing import print_json
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.shards import shard_of
-from riverdelta.registry.belonging import check_base, subject_key
+from riverdelta.registry.belonging import check_base, open_ledger, subject_key
 from riverdelta.registry.ledger import Hand, Ledger
 from riverdelta.registry.ledger.decisions import Line
 from riverdelta.registry.report import print_replayed
 
 from .raw_log import Place, check_incarnation, places_of, read_lessons
-from .trace import open_ledger
 
 Progress = Callable[[str, int, int], None]
 

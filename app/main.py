@@ -10,9 +10,10 @@ import typer
 from typer.core import TyperGroup
 
 from riverdelta.core.errors import RiverdeltaError
+from riverdelta.core.options import AsJson, Config, Data, read_settings
 
 from .broker import UP, die_with_parent
-from .options import AsJson, Base, Config, Data, KafkaServers, read_settings, with_base, with_kafka
+from .options import Base, KafkaServers, with_base, with_kafka
 
 
 class _Root(TyperGroup):

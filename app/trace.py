@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import msgspec
 import typer
@@ -11,7 +10,7 @@ import typer
 from riverdelta.core.errors import NotFound
 from riverdelta.core.printing import print_json
 from riverdelta.core.settings import Settings
-from riverdelta.registry.belonging import subject_key
+from riverdelta.registry.belonging import open_ledger, subject_key
 from riverdelta.registry.ledger import Gap, Ledger, ManifestEntry
 from riverdelta.registry.ledger.decisions import lineage
 
@@ -111,14 +110,6 @@ def describe(found: Trace) -> str:
         f"  {'live' if found.live else 'not live'}: the release is version {found.release}",
     ]
     return "\n".join(lines)
-
-
-def open_ledger(settings: Settings) -> Ledger:
-    """The ledger, which must be there already."""
-    path = settings.ledger_url.removeprefix("sqlite:///")
-    if path != settings.ledger_url and not Path(path).is_file():
-        raise NotFound(f"There is no ledger at {path}.", "Give the data folder with --data, or start `riverdelta up`.")
-    return Ledger.open(settings.ledger_url)
 
 
 def _numbers(numbers: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Belonging: a ledger is of one base model and one set of keys, and a process that has others is refused.
+"""Belonging: data folder, ledger, base model and keys are of each other, and a process that has others is refused.
 
 With another subject key nobody would be found to be forgotten, with another root key nothing could be read: both are
 made on first use, so a folder that was not mounted looks like a new one.
@@ -8,12 +8,27 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from riverdelta.core.errors import Corrupt, Refused, Unavailable
+from riverdelta.core.errors import Corrupt, NotFound, Refused, Unavailable
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.settings import Settings
 
 from .keystore import KeyStore
 from .ledger import Ledger
+
+
+def has_ledger(settings: Settings) -> bool:
+    """Whether the settings' data folder has a ledger, or they name one elsewhere."""
+    return bool(settings.registry.ledger) or (settings.data / "ledger.db").is_file()
+
+
+def open_ledger(settings: Settings, make: bool = False) -> Ledger:
+    """The settings' ledger; `NotFound` where there is none, unless it may be made."""
+    if not make and not has_ledger(settings):
+        raise NotFound(
+            f"{settings.data} holds no ledger.",
+            "Give --data FOLDER, or begin one with `riverdelta up` or `riverdelta registry create NAME`.",
+        )
+    return Ledger.open(settings.ledger_url)
 
 
 def check_base(ledger: Ledger, digest: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from riverdelta.core.errors import BadInput, Corrupt, Gone, NotFound, Unsupported
+from riverdelta.core.options import AsJson, Config, Data, read_settings
 
 if TYPE_CHECKING:
     from riverdelta.core.settings import Settings
@@ -32,9 +33,6 @@ auditor: "Callable[[Settings, Ledger, dict[str, Any]], list[dict[str, object]]] 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Adapter.")]
 Versioned = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Adapter, or one of its versions.")]
 Segment = Annotated[int, typer.Argument(metavar="SEGMENT", min=1, help="Segment, as `registry show` numbers them.")]
-Data = Annotated[Path | None, typer.Option(help="Data folder.")]
-Config = Annotated[Path | None, typer.Option(help="Settings file.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the log.")]
 Actor = Annotated[str, typer.Option(help="Who; kept in the log (default: the user's name).")]
 Subject = Annotated[str, typer.Option(help="The person or thing that the events name.")]
@@ -346,6 +344,7 @@ def _verify_certificate(
 
     from riverdelta.core.digests import sha256
 
+    from .belonging import has_ledger
     from .certificate import check, check_stored, is_receipt, open_receipt
     from .report import print_certificate
     from .signing import key_of, opened, public_pem
@@ -353,7 +352,7 @@ def _verify_certificate(
     signed = _bytes(path)
     if is_receipt(signed):
         raise BadInput(f"{path} is a receipt.", f"Give the certificate, and the receipt with it: --receipt {path}.")
-    pem = _bytes(key) if key is not None else public_pem(_settings(config, data).keys_dir)
+    pem = _bytes(key) if key is not None else public_pem(read_settings(config, data).keys_dir)
     told = opened(signed, key_of(pem))
     found = check(told)
     if receipt is not None:
@@ -362,7 +361,7 @@ def _verify_certificate(
     replayed: list[dict[str, object]] = []
     if replay and auditor is None:
         raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
-    if replay or (key is None and _has_ledger(_settings(config, data))):
+    if replay or (key is None and has_ledger(read_settings(config, data))):
         with _ledger(config, data) as (settings, ledger):
             problems, superseded = check_stored(ledger, told, sha256(signed))
             found = replace(found, problems=(*found.problems, *problems), superseded=tuple(superseded))
@@ -494,39 +493,17 @@ def run_(config: Config = None, data: Data = None) -> None:
     """Run the keeper: MLflow's projection, the control topic, and forgets' rebuild and purge (started by `up`)."""
     from .keeper import run
 
-    run(_settings(config, data))
-
-
-def _settings(config: Path | None, data: Path | None) -> "Settings":
-    if config is not None:
-        os.environ["RIVERDELTA_CONFIG"] = str(config.absolute())
-    if data is not None:
-        os.environ["RIVERDELTA_DATA"] = str(data.absolute())
-    from riverdelta.core.settings import Settings
-
-    return Settings.read()
-
-
-def _has_ledger(settings: "Settings") -> bool:
-    return bool(settings.registry.ledger) or (settings.data / "ledger.db").is_file()
+    run(read_settings(config, data))
 
 
 @contextmanager
 def _ledger(config: Path | None, data: Path | None, make: bool = False) -> Iterator[tuple["Settings", "Ledger"]]:
     """The settings and their ledger, made if there is none and it may be."""
-    from .ledger import Ledger
+    from .belonging import open_ledger
 
-    settings = _settings(config, data)
-    if not make and not _has_ledger(settings):
-        raise NotFound(
-            f"{settings.data} holds no ledger.",
-            "Give --data FOLDER, or begin one with `riverdelta up` or `riverdelta registry create NAME`.",
-        )
-    ledger = Ledger.open(settings.ledger_url)
-    try:
+    settings = read_settings(config, data)
+    with closing(open_ledger(settings, make)) as ledger:
         yield settings, ledger
-    finally:
-        ledger.close()
 
 
 @contextmanager
