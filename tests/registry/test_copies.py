@@ -4,18 +4,25 @@ from pathlib import Path
 
 import pytest
 
+from riverdelta.core.digests import sha256
 from riverdelta.core.errors import BadInput, Conflict
 from riverdelta.core.recipe import Recipe
-from riverdelta.core.settings import Kafka, Settings
+from riverdelta.core.settings import Settings
+from riverdelta.core.store import weights_key
+from riverdelta.registry.certificate import check, check_stored
+from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import Ledger
 from riverdelta.registry.operations import Operations
-from tests.registry.stack import Stack, two_versions
+from riverdelta.registry.purge import PUBLIC_KEY, certificate_key
+from riverdelta.registry.signing import key_of, opened
+from riverdelta.registry.verify import verify
+from tests.registry.stack import Stack, two_versions, wait
 
 
 @pytest.fixture
 def stack(tmp_path: Path) -> Stack:
     """`acme` with two versions, of which the second saw ann; no broker."""
-    return two_versions(Settings.read(data=tmp_path / "data", kafka=Kafka(bootstrap="127.0.0.1:1")))
+    return two_versions(Settings(data=tmp_path / "data"))
 
 
 def imported(ledger: Ledger, name: str, digest: str) -> None:
@@ -36,9 +43,17 @@ def test_a_copy_that_was_imported_goes_with_what_it_is_a_copy_of(stack: Stack, a
     [fence] = ledger.fences(report.forget.fence - 1)
     assert dirty in fence.digests
     assert {ledger.adapter(name).release for name in ("copy", "other")} == {0, 1}
+    stack.train("acme")
     stack.train("copy")
     assert ledger.adapter("copy").release == 3, "what came since is learned again, from the base"
     assert ledger.version("copy", 3).parent == 0
+    keeper = Keeper(ledger, stack.settings, stack.store, orphan_seconds=0.0)
+    assert wait(lambda: not keeper.advance_forgets(), 60)
+    assert not stack.store.exists(weights_key(dirty))
+    assert [verify(ledger, stack.store, stack.keys, name).problems for name in ("acme", "copy", "other")] == [()] * 3
+    told = opened(signed := stack.store.get(certificate_key(report.forget.id)), key_of(stack.store.get(PUBLIC_KEY)))
+    assert check(told).problems == ()
+    assert check_stored(ledger, told, sha256(signed))[0] == []
 
 
 def test_one_name_written_in_two_ways_is_one_subject(stack: Stack) -> None:
