@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from riverdelta.core.errors import BadInput, Corrupt, Gone, NotFound, Unsupported
+from riverdelta.core.errors import BadInput, Corrupt, Gone, NotFound, Unavailable, Unsupported
 from riverdelta.core.options import AsJson, Config, Data, read_settings
 
 if TYPE_CHECKING:
@@ -225,21 +225,38 @@ def forget(
     """Forget a subject. Returns once no server can answer from what saw it; rebuild and purge follow by themselves.
     With --serve-until-rebuilt servers keep the releases that they have until the rebuild or the deadline, and it
     returns once they have let go of everything else."""
-    from . import operations
-    from .report import print_forget, telling, waiting
+    import uuid
 
-    adapters = _scope(adapter, all_adapters)
+    from . import operations
+    from .ledger import Stage
+    from .report import print_certified, print_fence, print_forget_json, print_interrupted, telling, waiting
+
+    adapters, request, report = _scope(adapter, all_adapters), request or str(uuid.uuid4()), None
     with _acting(config, data, actor) as (settings, ledger, acts):
-        opens = None
-        if receipt is not None:
-            opens = operations.write_receipt(ledger, settings, subject, adapters, receipt)
-        with waiting("Waiting for every server to carry out the fence") as progress:
-            report = acts.forget(subject, adapters, reason, request, serve_until_rebuilt, progress)
-        done = report.forget
-        if wait:
-            with telling("Rebuild and purge") as tell:
-                done = operations.await_purge(ledger, done.id, tell)
-        print_forget(done, report, opens, as_json)
+        already = operations.is_forgotten(ledger, settings, subject, adapters)
+        try:
+            with waiting("Waiting for every server to carry out the fence") as progress:
+                report = acts.forget(subject, adapters, reason, request, serve_until_rebuilt, progress, receipt)
+            done = report.forget
+            if not as_json:
+                print_fence(report, already)
+            if wait:
+                with telling("Rebuild and purge") as tell:
+                    done = operations.await_purge(ledger, request, tell)
+        except KeyboardInterrupt:
+            left = operations.begun_forget(ledger, request)
+            if as_json and left is not None:
+                print_forget_json(left, report)
+            print_interrupted(left)
+            raise typer.Exit(130) from None
+        except Unavailable:
+            if as_json and report is not None:
+                print_forget_json(done, report)
+            raise
+        if as_json:
+            print_forget_json(done, report)
+        elif done.stage is Stage.PURGED:
+            print_certified(done)
 
 
 @app.command()

@@ -11,12 +11,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from riverdelta.core.errors import BadInput, NotFound, Unavailable
+from riverdelta.core.errors import BadInput, Conflict, NotFound, Unavailable
 from riverdelta.core.names import subject_name
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
@@ -26,6 +27,7 @@ from riverdelta.core.times import later, now
 from . import certificate, contents
 from .belonging import KeptOpen, key_store, subject_key
 from .ledger import AdapterRecord, Forget, Hand, Lease, Ledger, Mode, Stage
+from .ledger.forgetting import EVERYWHERE
 from .mlflow_projection import Projection, ask_for_repair
 from .wakeups import Wakeups
 
@@ -42,12 +44,13 @@ class ForgetReport:
     """What a forget has done so far: all servers have carried out its fence; what is left follows by itself.
 
     `lost` names the servers that were given up for lost, `seconds` is the time from the request to the last
-    acknowledgement.
+    acknowledgement, `receipt` what was written of the subject's entries.
     """
 
     forget: Forget
     lost: list[str]
     seconds: float
+    receipt: certificate.Receipt | None = None
 
 
 def forget_json(forget: Forget, sees: Callable[[str], bool] = lambda adapter: True) -> dict[str, Any]:
@@ -122,23 +125,39 @@ class Operations:
         request: str = "",
         serve_until_rebuilt: float = 0.0,
         progress: Progress | None = None,
+        receipt: Path | None = None,
     ) -> ForgetReport:
         """Forget a subject in some adapters (None: in all, those to come included), and wait for the servers.
 
         `progress` is called with the leases that are still waited for. A `request` id seen before starts nothing new
         and gives the procedure as it stands. With `serve_until_rebuilt`, servers go on answering with the releases
         that they have until those are rebuilt, or for so many seconds at most: all other versions that saw the subject
-        are waited for here, and the keeper fences these later.
+        are waited for here, and the keeper fences these later. `receipt` is a new file for what the subject's entries
+        say: nothing is forgotten unless it is written, and it is written for nothing that is refused.
         """
         start = time.monotonic()
-        begun = self._begin(subject, adapters, reason, request, None, serve_until_rebuilt)
+        request = request or str(uuid.uuid4())
+        made = None
+        if receipt is not None and begun_forget(self._ledger, request) is None:
+            made = write_receipt(self._ledger, self._settings, subject, adapters, receipt)
+        try:
+            begun = self._begin(subject, adapters, reason, request, None, serve_until_rebuilt)
+        except BaseException:
+            if made is not None and receipt is not None and begun_forget(self._ledger, request) is None:
+                receipt.unlink(missing_ok=True)  # it is their data, and would be in the way of the next attempt
+            raise
+        if receipt is not None and made is None:
+            raise Conflict(
+                f"Request {begun.id} was begun at {begun.at}: it is too late for a receipt.",
+                "Repeat it without --receipt; one that was written then opens its certificate.",
+            )
         # First of all nobody answers with it.
         lost = self._ledger.await_fence(begun.fence, ["server"], progress=progress)
         self._erase(begun)
         done = begun
         if begun.stage is not Stage.LENDING:
             done = self._ledger.advance(begun.id, Stage.ACKNOWLEDGED, {"lost": lost}, self._actor)
-        return ForgetReport(done, lost, time.monotonic() - start)
+        return ForgetReport(done, lost, time.monotonic() - start, made)
 
     def fence(
         self,
@@ -215,6 +234,20 @@ class Operations:
         return head
 
 
+def begun_forget(ledger: Ledger, request: str) -> Forget | None:
+    """The procedure of a request, if it has begun."""
+    try:
+        return ledger.forget_of(request)
+    except NotFound:
+        return None
+
+
+def is_forgotten(ledger: Ledger, settings: Settings, subject: str, adapters: Sequence[str] | None) -> bool:
+    """Whether some adapters (None: all, those to come included) learn nothing of a subject as it is."""
+    hashed = _hashed(ledger, settings, subject)
+    return all(hashed in ledger.suppressed(name) for name in ([EVERYWHERE] if adapters is None else adapters))
+
+
 def write_receipt(
     ledger: Ledger, settings: Settings, subject: str, adapters: Sequence[str] | None, path: Path
 ) -> certificate.Receipt:
@@ -226,11 +259,16 @@ def write_receipt(
     finally:
         keys.close()
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
+            try:
+                file.write(msgspec.json.encode(made))
+                file.flush()
+                os.fsync(file.fileno())  # nobody can write it again once the keys are gone
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
     except OSError as error:
         raise BadInput(f"Cannot write {path}: {error.strerror}.", "Name a new file for the receipt.") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.encode(made))
     return made
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from riverdelta.core.printing import many, print_json
 from riverdelta.core.recipe import Recipe
 
-from .certificate import Checked, Receipt
+from .certificate import Checked
 from .diff import Difference
 from .ledger import AdapterRecord, Fact, Forget, Hand, Ledger, Outcome, SegmentRecord, Stage, VersionRecord
 from .operations import ForgetReport, Progress, forget_json
@@ -130,13 +130,21 @@ def print_log(ledger: Ledger, name: str, after: int, as_json: bool) -> None:
     _out.print(table)
 
 
-def print_forget(forget: Forget, report: ForgetReport, receipt: Receipt | None, as_json: bool) -> None:
-    """What a forget has done so far, and how many entries its receipt holds where one was written."""
+def print_forget_json(forget: Forget, report: ForgetReport | None) -> None:
+    """A forget as it stands; `report` is what its fence came to, None where that was not waited for to the end."""
     held = forget_json(forget)
-    if as_json:
+    if report is not None:
+        receipt = report.receipt
         held |= {} if receipt is None else {"receipt": len(receipt.entries), "receipt_gone": receipt.gone}
-        print_json({**held, "lost_servers": report.lost, "seconds": round(report.seconds, 4)})
-        return
+        held |= {"lost_servers": report.lost, "seconds": round(report.seconds, 4)}
+    print_json(held)
+
+
+def print_fence(report: ForgetReport, already: bool) -> None:
+    """What a forget's fence came to, and how many entries its receipt holds where one was written; `already` says that
+    the subject had been forgotten there before."""
+    forget, receipt = report.forget, report.receipt
+    held = forget_json(forget)
     entries, versions = held["entries"], sum(map(len, held["revoked"].values()))
     gone = f"{many(entries, 'entry')} erased, {many(versions, 'version')} revoked"
     if forget.stage is Stage.LENDING:
@@ -147,20 +155,35 @@ def print_forget(forget: Forget, report: ForgetReport, receipt: Receipt | None, 
             f"Fenced in {report.seconds:.2f} s: no server answers from what saw the subject. "
             f"{gone}, in {many(len(forget.adapters), 'adapter')}."
         )
-    if not entries:
+    if already:
+        _out.print("The subject is forgotten here already.")
+    elif not entries:
         _out.print("No entry names this subject: check the spelling, if it should have any.")
     if receipt is not None:
         gone = (
             f"; {receipt.gone} more lie beyond the forget horizon, and their contents are gone" if receipt.gone else ""
         )
+        gone += "; it is too late for more, as what was forgotten is erased" if already else ""
         _out.print(f"The receipt holds what {many(len(receipt.entries), 'entry')} said{gone}.")
     for holder in report.lost:
         _out.print(f"The server {holder} did not answer; its lease ran out, and it may not answer for adapters.")
-    if forget.stage is Stage.PURGED:
-        _out.print(f"Rebuilt and purged; certified by {forget.body['certificate']} in the object store.")
-    else:
+    if forget.stage is not Stage.PURGED:
         left = "Rebuild, fence and purge" if forget.stage is Stage.LENDING else "Rebuild and purge"
         _out.print(f"{left} follow by themselves; `riverdelta registry list` shows request {forget.id}.")
+
+
+def print_certified(forget: Forget) -> None:
+    """Where the certificate of a purged forget lies."""
+    _out.print(f"Rebuilt and purged; certified by {forget.body['certificate']} in the object store.")
+
+
+def print_interrupted(forget: Forget | None) -> None:
+    """What becomes of a forget that nobody waits for any more."""
+    _err.print(
+        f"Interrupted; the forget goes on by itself, and `riverdelta registry list` shows request {forget.id}."
+        if forget is not None
+        else "Interrupted before anything was forgotten."
+    )
 
 
 def print_difference(found: Difference, as_json: bool) -> None:
