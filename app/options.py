@@ -29,9 +29,13 @@ def with_base(settings: "Settings") -> "Settings":
 
 def with_kafka(settings: "Settings") -> "Settings":
     """The settings, if they name a Kafka cluster."""
-    from riverdelta.core.errors import BadInput
+    from riverdelta.core.errors import BadInput, Unavailable
 
     if not settings.kafka.bootstrap:
+        if settings.running():
+            raise Unavailable(
+                f"The `riverdelta up` of {settings.data} has stopped, and its broker with it.", "Start it."
+            )
         raise BadInput(
             f"No Kafka cluster is known, and no `riverdelta up` has run on {settings.data}.",
             "Give --kafka HOST:PORT or --data, or set KAFKA_BOOTSTRAP_SERVERS.",

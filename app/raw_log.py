@@ -38,7 +38,8 @@ def check_incarnation(settings: Settings, wanted: Collection[str]) -> None:
     if {_id(each) for each in wanted} != {uuid.UUID(str(topic["topic_id"])) for topic in topics}:
         raise Gone(
             f"The topic {name} is no longer the one that the entries came from.",
-            "It was deleted, or a memory-only broker has restarted: the raw events are gone.",
+            "It was deleted, or a memory-only broker has restarted: the raw events are gone. From the stored entries, "
+            "`riverdelta registry verify CERTIFICATE --replay` trains.",
         )
 
 

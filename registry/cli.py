@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from riverdelta.core.errors import BadInput, Corrupt, Gone, NotFound, Unavailable, Unsupported
+from riverdelta.core.names import check_adapter
 from riverdelta.core.options import AsJson, Config, Data, read_settings
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def create(
     from .report import print_adapter
 
     shape = Recipe.load(recipe) if recipe else Recipe()
+    check_adapter(name)  # before there is a ledger for it
     with _acting(config, data, actor, make=True) as (_, ledger, acts):
         acts.create(name, shape, reason)
         print_adapter(ledger, name, as_json)
@@ -126,6 +128,8 @@ def rollback(
     from .report import print_adapter
 
     name, number = _version(version)
+    if to_base and number:
+        raise BadInput(f"{version} and --to-base are two places to go to.", "Give one of them.")
     number = 0 if to_base else number
     with _acting(config, data, actor) as (_, ledger, acts):
         acts.rollback(name, number, reason)
@@ -279,7 +283,8 @@ def allow(
         if as_json:
             print_json({"allowed": lifted})
         else:
-            typer.echo(f"Learned again from now on: {', '.join(lifted)} (* is every adapter).")
+            where = "every adapter" if "*" in lifted else ", ".join(lifted)
+            typer.echo(f"Learned again from now on in {where}; what was sent before needs a new id to be sent again.")
 
 
 @app.command()
@@ -412,6 +417,7 @@ def import_(
 
     from .report import print_adapter
 
+    check_adapter(name)
     with _acting(config, data, actor, make=True) as (settings, ledger, acts):
         acts.import_folder(name, folder, resolve(base or settings.base or settings.running().get("base", "")), reason)
         print_adapter(ledger, name, as_json)
@@ -536,8 +542,12 @@ def _acting(
 
 
 def _version(text: str) -> tuple[str, int | None]:
+    """An adapter and the number of its version, 0 being the base; None where none is named."""
     from riverdelta.core.names import ModelRef
 
+    name, _, number = text.partition("@")
+    if number == "0":
+        return check_adapter(name), 0
     ref = ModelRef.parse(text)
     if ref.adapter is None:
         raise BadInput("`base` is not an adapter.", "Name an adapter, or one of its versions as NAME@7.")
@@ -547,7 +557,8 @@ def _version(text: str) -> tuple[str, int | None]:
 def _scope(adapters: list[str] | None, everywhere: bool) -> list[str] | None:
     """The adapters named, or None for every one; exactly one of the two must be said."""
     if bool(adapters) == everywhere:
-        raise BadInput("Say where.", "Give --adapter NAME (once or more), or --all-adapters.")
+        wrong = "--adapter and --all-adapters exclude each other." if everywhere else "Say where."
+        raise BadInput(wrong, "Give --adapter NAME (once or more), or --all-adapters.")
     return adapters or None
 
 

@@ -87,6 +87,9 @@ class Control:
         """Follow the topic. What cannot be done now (broker or ledger away) is tried again, in order."""
         from kafka.errors import KafkaError
 
+        if not self._settings.kafka.bootstrap:
+            log.warning("no Kafka is known: nobody hears %s", self._topic)
+            return
         told = False
         while not self._stop.is_set():
             try:

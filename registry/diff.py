@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from riverdelta.core import weights
-from riverdelta.core.errors import Refused
 from riverdelta.core.peft_format import check_servable
 from riverdelta.core.store import ObjectStore, weights_key
 
 from .ledger import Ledger, Line, VersionRecord
+from .ledger.decisions import releasable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class Difference:
 
 
 def difference(ledger: Ledger, store: ObjectStore, adapter: str, first: int, second: int) -> Difference:
-    """Compare two versions, 0 being the base; `Refused` for a revoked one, whose weights are to be gone."""
+    """Compare two versions, 0 being the base; `Refused` for one that is revoked or dropped, whose weights are gone."""
     a, b = _record(ledger, adapter, first), _record(ledger, adapter, second)
     versions = ledger.versions(adapter)
     learned_a, learned_b = Line.of(versions, first).trained, Line.of(versions, second).trained
@@ -68,13 +68,9 @@ def difference(ledger: Ledger, store: ObjectStore, adapter: str, first: int, sec
 def _record(ledger: Ledger, adapter: str, number: int) -> VersionRecord | None:
     if number == 0:
         return None
-    record = ledger.version(adapter, number)
-    if record.revoked:
-        raise Refused(
-            f"{adapter}@{number} is revoked: it saw what was since forgotten.",
-            f"`riverdelta registry show {adapter}` lists what can be compared.",
-        )
-    return record
+    versions = ledger.versions(adapter)
+    releasable(ledger.adapter(adapter), versions, number)
+    return versions[number]
 
 
 def _figures(record: VersionRecord | None) -> dict[str, Any]:

@@ -247,9 +247,11 @@ def _by_number(listed: list[Any], versions: Mapping[int, VersionRecord]) -> dict
 def _judged(
     segments: Iterable[SegmentRecord], versions: Mapping[int, VersionRecord]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Per segment that was learned or that the gate set aside, what the gate measured."""
+    """Per segment that was learned or that the gate set aside, what the gate measured; as far as the versions go."""
     for segment in segments:
         learned = segment.outcome is Outcome.TRAINED and segment.version is not None
+        if learned and segment.version not in versions:
+            return  # committed since the versions were read: the next look shows it
         figures = versions[segment.version].metrics if learned and segment.version else segment.metrics
         if "rejected" in figures:
             yield segment.number, {key: figures[key] for key in _MEASURED if key in figures}

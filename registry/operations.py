@@ -184,7 +184,7 @@ class Operations:
             where = "any adapter" if adapters is None else ", ".join(adapters)
             raise NotFound(
                 f"The subject is not suppressed for {where}.",
-                "What was forgotten for all adapters is allowed for all adapters.",
+                "Check the spelling; `riverdelta registry log NAME` shows what was forgotten in an adapter.",
             )
         self._wake(lifted)
         return lifted

@@ -7,12 +7,13 @@ from typing import Any
 
 from riverdelta.core import weights
 from riverdelta.core.digests import sha256
-from riverdelta.core.errors import BadInput, Conflict, Corrupt, NotFound, Refused, Unsupported
+from riverdelta.core.errors import BadInput, Conflict, Corrupt, NotFound, Unsupported
 from riverdelta.core.peft_format import check_servable
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore, weights_key
 
 from .ledger import Ledger, VersionRecord
+from .ledger.decisions import releasable
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -40,19 +41,16 @@ def write_peft_folder(folder: Path, data: bytes, digest: str) -> None:
 def export_version(ledger: Ledger, store: ObjectStore, adapter: str, number: int | None, folder: Path) -> VersionRecord:
     """Write a version (None: the release) as a folder that `peft.PeftModel.from_pretrained` loads.
 
-    `Refused` for a revoked version, `Conflict` where the folder holds another adapter, `BadInput` where there can be
-    no folder.
+    `Refused` for a revoked or dropped version, `Conflict` where the folder holds another adapter, `BadInput` where
+    there can be no folder.
     """
     head = ledger.adapter(adapter)
     number = head.release if number is None else number
     if number == 0:
         raise NotFound(f"{adapter} serves the base: there is nothing to export.", "Name a version: `NAME@7`.")
-    version = ledger.version(adapter, number)
-    if version.revoked:
-        raise Refused(
-            f"{adapter}@{number} is revoked: it saw what was since forgotten.",
-            f"`riverdelta registry show {adapter}` lists what can be exported.",
-        )
+    versions = ledger.versions(adapter)
+    releasable(head, versions, number)
+    version = versions[number]
     data = store.get(weights_key(version.digest))
     held = folder / TENSORS
     try:

@@ -105,9 +105,9 @@ def print_adapter(ledger: Ledger, name: str, as_json: bool) -> None:
     if aside:
         table = _table("segment", "entries", "outcome", "why")
         for segment in aside:
-            why = f"{segment.cause} {segment.note}".strip() + _measured(segment)
-            if segment.hand:
-                why += f" {_BY_HAND[segment.hand]} by hand."
+            by_hand = f"{_BY_HAND[segment.hand]} by hand." if segment.hand else ""
+            why = ": ".join(filter(None, (segment.cause, segment.note))) + _measured(segment)
+            why += f"; {by_hand}" if by_hand and by_hand != segment.note else ""
             table.add_row(str(segment.number), str(segment.count), str(segment.outcome), why)
         _out.print(table)
 

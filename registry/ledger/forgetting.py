@@ -254,7 +254,10 @@ class Forgetting(Lending):
                 return []
             held = set(c.execute(sa.select(s.adapter).where(s.subject == subject)).scalars())
             if adapters is not None and EVERYWHERE in held:
-                raise Conflict("The subject is suppressed for all adapters.", "Allow it for all of them.")
+                raise Conflict(
+                    "The subject is suppressed for all adapters.",
+                    'Allow it with --all-adapters, or `"all_adapters": true`.',
+                )
             lifted = sorted(held if adapters is None else held & set(adapters))
             for chunk in chunks(lifted):
                 c.execute(t.suppressions.delete().where(s.subject == subject, s.adapter.in_(chunk)))

@@ -388,7 +388,8 @@ class Ledger(Sealing, Claims, Forgetting):
                 target = decisions.newest_clean(versions, target)
                 if not target:
                     raise Refused(
-                        f"{adapter} has no version before {head.release}.", "Name the one to go to; 0 is the base."
+                        f"{adapter} has no version before {head.release}.",
+                        f"Name the one to go to, or {adapter}@0: the base.",
                     )
             return decisions.decide_rollback(head, versions, self._segments(c, adapter), target)
 

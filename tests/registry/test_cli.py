@@ -137,7 +137,7 @@ def test_segments_are_accepted_and_discarded_by_hand(data: Path) -> None:
         assert f"LEARNS NOTHING: its gate has rejected {alarm} segments in a row" in told
     assert as_json(data, "list")["adapters"][0]["rejected_in_a_row"] == alarm
     shown = " ".join(run(data, "show", "acme").stdout.split())
-    assert "gate It is worse. Loss on it 2.500 to 0.500." in shown
+    assert "gate: It is worse. Loss on it 2.500 to 0.500." in shown
 
     head = as_json(data, "discard", "acme", "3", "--reason", "noise", "--actor", "ann")
     assert (head["rejected_in_a_row"], head["tip"]) == (alarm - 1, 2)
@@ -423,3 +423,16 @@ def test_help_imports_nothing_heavy() -> None:
     assert "rollback" in listed.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in listed.stderr.splitlines()}
     assert not imported & {"torch", "mlflow", "transformers", "sqlalchemy", "kafka", "peft"}
+
+
+def test_the_base_is_a_place_to_go_to_and_to_compare_with(data: Path) -> None:
+    head = as_json(data, "rollback", "acme@0")
+    assert (head["release"], head["held"]) == (0, 0)
+    as_json(data, "resume", "acme", "--tip")
+    assert run(data, "rollback", "acme@2", "--to-base").returncode == 2
+    assert as_json(data, "diff", "acme@0", "acme@2")["versions"] == [0, 2]
+
+
+def test_a_mistyped_adapter_leaves_no_ledger_behind(tmp_path: Path) -> None:
+    assert run(tmp_path / "new", "create", "Wrong Name").returncode == 2
+    assert not (tmp_path / "new").exists()
