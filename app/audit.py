@@ -16,6 +16,8 @@ from riverdelta.registry.belonging import check_base, key_store
 from riverdelta.registry.ledger import Ledger, Line, SegmentRecord, VersionRecord
 from riverdelta.registry.ledger.decisions import lineage
 
+_WITHOUT = "The certificate's signature, paths and journal can be checked without `--replay`."
+
 
 def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict[str, object]]:
     """Per adapter both digests, and `since`, the version that it was trained again from (0: the base). What a later
@@ -36,7 +38,7 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
             continue
         line, head = Line.of(versions, number), ledger.adapter(name)
         if line.root:
-            raise Refused(f"{name}@{line.root} was imported: what it learned before is not in the log.", "")
+            raise Refused(f"{name}@{line.root} was imported: what it learned before is not in the log.", _WITHOUT)
         recipe = Recipe.from_dict(head.recipe)
         segments = [ledger.segment(name, each) for each in sorted(line.segments)]
         since, segments = _since(versions, number, segments, recipe)
@@ -92,7 +94,7 @@ def _since(
         f"{versions[tip].adapter}@{tip} cannot be trained again: the contents of segments "
         f"{', '.join(map(str, sorted(dropped)))} lie beyond the forget horizon, and no version that is kept needs none "
         "of them.",
-        "The certificate's signature, paths and journal can be checked without `--replay`.",
+        _WITHOUT,
     )
 
 

@@ -7,11 +7,12 @@ is decided here, from the subjects' plain names.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from riverdelta.core.errors import Conflict, Corrupt, NotFound, Refused
+from riverdelta.core.keys import SubjectKey
 from riverdelta.core.printing import print_json
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
@@ -21,7 +22,7 @@ from riverdelta.registry.ledger import Hand, Ledger
 from riverdelta.registry.ledger.decisions import Line
 from riverdelta.registry.report import print_replayed
 
-from .raw_log import Place, check_incarnation, places_of, read_lessons
+from .raw_log import Lesson, Place, check_incarnation, places_of, read_lessons
 
 Progress = Callable[[str, int, int], None]
 
@@ -50,7 +51,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """Both digests; `tombstones` counts the entries that the counterfactual left out."""
+    """Both digests; `tombstones` counts the entries that the counterfactual left out, `unmatched` names those of the
+    subjects to be left out that no event is about."""
 
     adapter: str
     version: int
@@ -59,6 +61,7 @@ class Result:
     entries: int
     tombstones: int
     same_environment: bool
+    unmatched: tuple[str, ...]
 
     @property
     def equal(self) -> bool:
@@ -180,7 +183,14 @@ def train(ledger: Ledger, settings: Settings, wanted: Plan, without: Collection[
         len(places),
         len(left_out),
         fingerprint(base) == wanted.fingerprint,
+        unmatched(key, lessons.values(), without),
     )
+
+
+def unmatched(key: SubjectKey, lessons: Iterable[Lesson], without: Iterable[str]) -> tuple[str, ...]:
+    """Those of some subjects that no lesson is about."""
+    known = {key.subject(name) for lesson in lessons for name in lesson.subjects}
+    return tuple(name for name in without if key.subject(name) not in known)
 
 
 def main(settings: Settings, adapter: str, without: Collection[str], as_json: bool) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from riverdelta.core.errors import BadInput, Corrupt, Gone, NotFound, Unavailable, Unsupported
+from riverdelta.core.errors import BadInput, Corrupt, NotFound, RiverdeltaError, Unavailable, Unsupported
 from riverdelta.core.names import check_adapter
 from riverdelta.core.options import AsJson, Config, Data, read_settings
 
@@ -332,24 +332,20 @@ def verify(
         found = [check(ledger, store, keys, head.name) for head in heads]
     if replay and replayer is None:
         raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
-    replayed = {}
+    learned = [head.name for head in heads if name or head.release]
+    replayed, codes = dict[str, dict[str, Any]](), list[int]()
     if replay and replayer:
-        learned = [head.name for head in heads if name or head.release]
-        replayed = {each: _replayed(replayer, settings, each, without or []) for each in learned}
+        for each in learned:
+            try:
+                replayed[each] = replayer(settings, each, without or [])
+            except RiverdeltaError as error:  # one that cannot be trained again keeps no other from it
+                replayed[each] = {"adapter": each, "equal": None, "why": str(error)}
+                codes.append(error.exit_code)
     print_verified(found, replayed, as_json)
-    differs = any(each["equal"] is False for each in replayed.values())
-    if differs or any(each.problems for each in found):
+    if any(held["equal"] is False for held in replayed.values()) or any(held.problems for held in found):
         raise typer.Exit(Corrupt.exit_code)
-    if any("gone" in each for each in replayed.values()):
-        raise typer.Exit(Gone.exit_code)
-
-
-def _replayed(replay: Replayer, settings: "Settings", name: str, without: list[str]) -> dict[str, Any]:
-    """What an adapter's replay came to, or why there can be none: one that cannot keeps no other from it."""
-    try:
-        return replay(settings, name, without)
-    except Gone as error:
-        return {"adapter": name, "equal": None, "gone": str(error)}
+    if codes:
+        raise typer.Exit(codes[0])
 
 
 def _verify_certificate(
@@ -504,10 +500,10 @@ def gc(
         if as_json:
             print_json({"deleted": found.deleted, "young": found.young, "dropped": found.dropped, "dry_run": dry})
         else:
-            did = "would go" if dry else "deleted"
+            did, kept = ("would go", "would be kept") if dry else ("deleted", "are kept")
             for name, gone in found.dropped.items():
                 versions, segments = many(len(gone["versions"]), "version"), many(len(gone["segments"]), "segment")
-                typer.echo(f"{name}: {versions} and the contents of {segments} are kept no longer.")
+                typer.echo(f"{name}: {versions} and the contents of {segments} {kept} no longer.")
             typer.echo(f"{many(len(found.deleted), 'object')} {did}, {len(found.young)} are too young to be sure of.")
 
 

@@ -223,14 +223,17 @@ def print_verified(found: Sequence[Verified], replayed: Mapping[str, Any], as_js
 
 def print_replayed(result: Mapping[str, Any]) -> None:
     """A version's digest beside that of the same trained anew from Kafka's events, for people."""
-    if "gone" in result:
-        _out.print(f"{result['adapter']} cannot be replayed. {result['gone']}")
+    if result["equal"] is None:
+        _out.print(f"{result['adapter']} cannot be replayed. {result['why']}")
         return
     without = ", ".join(result["without"]) or "nobody"
     _out.print(f"live            {result['live']}  {result['adapter']}@{result['version']}")
     _out.print(f"counterfactual  {result['counterfactual']}  without {without}")
     told = "Equal, bit for bit." if result["equal"] else "They differ."
     _out.print(f"{many(result['entries'], 'entry')}, {result['tombstones']} left out. {told}")
+    if result["unmatched"]:
+        names = ", ".join(result["unmatched"])
+        _err.print(f"No event that {result['adapter']} learned from is about {names}: check the spelling of --without.")
     if not result["equal"]:
         _err.print(
             "Name every forgotten subject with --without."

@@ -353,11 +353,11 @@ class Forgetting(Lending):
                     .values(purged=True, metrics={}, parts=[], withheld="")
                 )
 
-    def named_objects(self) -> frozenset[str]:
+    def named_objects(self, but: Mapping[str, Mapping[str, Collection[int]]] | None = None) -> frozenset[str]:
         """The object store's keys that a segment or a version not yet purged names, and `keys/KEYRING` for each
-        segment's keys in the key store."""
+        segment's keys in the key store; as if, per adapter, `but` these `segments` and `versions`."""
         with self.db.read() as c:
-            return self._named(c)
+            return self._named(c, but=but)
 
     def delete_unnamed(self, keys: Collection[str], delete: Callable[[str], None], revoked: bool = False) -> None:
         """Delete those of these objects and keys that nothing names, while nothing can come to name them. `revoked`:
@@ -368,14 +368,23 @@ class Forgetting(Lending):
             for key in set(keys) - self._named(c, revoked):
                 delete(key)
 
-    def _named(self, c: sa.Connection, but_revoked: bool = False) -> frozenset[str]:
-        v = t.versions.c
-        segments = list(c.execute(sa.select(t.segments.c.payload, t.segments.c.keyring)))
+    def _named(
+        self,
+        c: sa.Connection,
+        but_revoked: bool = False,
+        but: Mapping[str, Mapping[str, Collection[int]]] | None = None,
+    ) -> frozenset[str]:
+        s, v = t.segments.c, t.versions.c
         gone = v.revoked if but_revoked else v.purged
-        rows = list(c.execute(sa.select(v.digest, v.state).where(gone.is_(False))))
+        segments = list(c.execute(sa.select(s.adapter, s.number, s.payload, s.keyring).where(s.payload != "")))
+        rows = list(c.execute(sa.select(v.adapter, v.number, v.digest, v.state).where(gone.is_(False))))
+        if but:
+            none: Mapping[str, Collection[int]] = {"segments": (), "versions": ()}
+            segments = [row for row in segments if row.number not in but.get(row.adapter, none)["segments"]]
+            rows = [row for row in rows if row.number not in but.get(row.adapter, none)["versions"]]
         return frozenset(
-            {row.payload for row in segments if row.payload}
-            | {f"keys/{row.keyring}" for row in segments if row.payload}
+            {row.payload for row in segments}
+            | {f"keys/{row.keyring}" for row in segments}
             | {weights_key(row.digest) for row in rows}
             | {state_key(row.state) for row in rows if row.state}
         )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from riverdelta.app.audit import audit
-from riverdelta.core.errors import Gone
+from riverdelta.core.errors import Gone, Refused
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry.gc import collect
@@ -97,3 +97,13 @@ def test_beyond_the_horizon_an_auditor_begins_with_what_is_kept(tmp_path: Path, 
         c.execute(t.versions.update().where(t.versions.c.number < stack.ledger.adapter("acme").tip).values(purged=True))
     with pytest.raises(Gone, match="beyond the forget horizon"):
         held.audit()
+
+
+def test_what_was_imported_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path / "data")
+    ledger = Stack(settings).ledger
+    ledger.import_adapter("acme", Recipe(), "1" * 64, {}, "test")
+    tip = {"adapter": "acme", "tip": {"version": 1, "digest": "1" * 64}}
+    with pytest.raises(Refused, match="was imported") as refused:
+        audit(settings, ledger, {"predicate": {"adapters": [tip]}})
+    assert "without `--replay`" in refused.value.hint

@@ -84,7 +84,7 @@ def test_forgotten_by_command_rebuilt_purged_and_proved(river: River, tmp_path: 
         assert river.ask("forget", question(answer))[0] == f" {answer}"
     proof = river.read("counterfactual", "forget", "--without", name)
     assert proof["equal"] is True
-    assert proof["tombstones"] == 1
+    assert (proof["tombstones"], proof["unmatched"]) == (1, [])
     assert proof["live"] == proof["counterfactual"]
     ledger = river.ledger
     eventually(lambda: all(str(forget.stage) == "purged" for forget in ledger.forgets()), 120)
@@ -98,8 +98,9 @@ def test_forgotten_by_command_rebuilt_purged_and_proved(river: River, tmp_path: 
     assert not river.files_with(canary)
     assert not river.files_with(name)
     assert not list(river.data.rglob(f"{dirty}*"))
-    unequal = json.loads(river.tell("counterfactual", "forget", "--json", code=7))
+    unequal = json.loads(river.tell("counterfactual", "forget", "--without", f"{name}x", "--json", code=7))
     assert unequal["equal"] is False, "with the subject's events the control ends elsewhere"
+    assert unequal["unmatched"] == [f"{name}x"]
 
 
 def test_what_feedback_taught_is_trained_again_from_the_raw_events(river: River) -> None:

@@ -12,9 +12,11 @@ from unittest import mock
 
 import pytest
 
+from riverdelta.app.counterfactual import plan, unmatched
 from riverdelta.app.main import main
+from riverdelta.app.raw_log import Lesson
 from riverdelta.core import weights
-from riverdelta.core.errors import Gone
+from riverdelta.core.errors import Gone, Refused
 from riverdelta.core.keys import SubjectKey
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
@@ -278,16 +280,70 @@ def test_verify_says_what_cannot_be_replayed(data: Path) -> None:
         assert found["replay"] == {
             "adapter": "acme",
             "equal": None,
-            "gone": "Kafka no longer holds it. Retention has removed it.",
+            "why": "Kafka no longer holds it. Retention has removed it.",
         }
         assert "acme cannot be replayed. Kafka no longer" in " ".join(run(data, "verify", "--replay").stdout.split())
 
 
+def test_one_adapter_that_cannot_be_replayed_keeps_no_other_from_it(data: Path) -> None:
+    """Nor the plain checks from being told, whatever is in its way."""
+    ledger = Ledger.open(f"sqlite:///{data}/ledger.db")
+    ledger.import_adapter("brought", Recipe(), ledger.version("acme", 1).digest, {}, "test")
+    ledger.close()
+    equal = {**REPLAYED, "equal": True, "unmatched": []}
+
+    def replay(settings: Settings, name: str, without: list[str]) -> dict[str, object]:
+        if name == "acme":
+            return equal
+        with contextlib.closing(Ledger.open(settings.ledger_url)) as opened:
+            plan(opened, name)
+        raise AssertionError
+
+    with mock.patch("riverdelta.app.main._replay", replay):
+        done = run(data, "verify", "--replay", "--json")
+        assert done.returncode == Refused.exit_code
+        found = {each["adapter"]: each["replay"] for each in json.loads(done.stdout)}
+        assert found["acme"] == equal
+        assert found["brought"]["equal"] is None
+        assert "was imported" in found["brought"]["why"]
+        told = run(data, "verify", "--replay").stdout
+    assert "brought: " in told
+    assert "Equal, bit for bit." in told
+    assert "brought cannot be replayed. brought@1 was imported" in " ".join(told.split())
+
+
+REPLAYED = {
+    "adapter": "acme",
+    "live": "a",
+    "counterfactual": "b",
+    "version": 2,
+    "without": ["ann"],
+    "entries": 4,
+    "tombstones": 0,
+    "same_environment": True,
+}
+
+
 def test_a_replay_that_differs_is_corrupt(data: Path) -> None:
-    told = {"adapter": "acme", "live": "a", "counterfactual": "b", "version": 2, "without": ["ann"], "entries": 4}
-    found = {**told, "tombstones": 0, "equal": False, "same_environment": True}
+    found = {**REPLAYED, "equal": False, "unmatched": []}
     with mock.patch("riverdelta.app.main._replay", return_value=found):
-        assert run(data, "verify", "acme", "--replay", "--without", "ann").returncode == 7
+        done = run(data, "verify", "acme", "--replay", "--without", "ann")
+    assert (done.returncode, "spelling" in done.stderr) == (7, False)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_name_that_no_event_has_is_told(data: Path, equal: bool) -> None:
+    found = {**REPLAYED, "equal": equal, "unmatched": ["anne"]}
+    with mock.patch("riverdelta.app.main._replay", return_value=found):
+        done = run(data, "verify", "acme", "--replay", "--without", "anne")
+        assert "is about anne: check the spelling" in " ".join(done.stderr.split())
+        told = json.loads(run(data, "verify", "acme", "--replay", "--without", "anne", "--json").stdout)
+    assert told[0]["replay"]["unmatched"] == ["anne"]
+
+
+def test_names_are_matched_as_events_write_them() -> None:
+    key, lessons = SubjectKey(bytes(32)), [Lesson(b"", ("Ann", "bob")), Lesson(b"", ())]
+    assert unmatched(key, lessons, ["Ann", "bop", "bob", "ane"]) == ("bop", "ane")
 
 
 def test_a_receipt_is_no_certificate(data: Path) -> None:
@@ -357,7 +413,6 @@ def test_an_export_comes_back_as_it_was_unless_it_was_revoked(data: Path, tmp_pa
 
 
 def test_revoked_weights_cannot_be_imported(data: Path, tmp_path: Path) -> None:
-    from riverdelta.core.errors import Refused
     from riverdelta.registry.peft_io import import_folder
 
     out = tmp_path / "out"

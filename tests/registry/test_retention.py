@@ -18,6 +18,7 @@ from riverdelta.registry.ledger import Outcome, Stage
 from riverdelta.registry.ledger.decisions import dirty_versions, lineage, newest_clean
 from riverdelta.registry.verify import verify
 from tests.registry.stack import Stack
+from tests.registry.test_cli import run
 
 SUBJECTS = ["ann", "bob", "cy", "di", "ed"]
 
@@ -181,3 +182,31 @@ def test_a_forget_that_comes_while_gc_begins_is_seen(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(stack.ledger.db, "write", after_a_forget)
     assert stack.ledger.retain("acme", "gc") is None
+
+
+def test_a_dry_run_says_what_the_real_one_does(tmp_path: Path) -> None:
+    stack = stack_of(tmp_path, horizon=2, every=2, targets=1)
+    for who in ["ann", "bob", "cy", "di", "ed", "ann", "bob"]:
+        seal(stack, who)
+        stack.train("acme")
+    stack.store.put("weights/orphan", b"a crash left it")
+    before = there(stack)
+    would, young = (collect(stack.ledger, stack.store, stack.keys, grace, dry=True) for grace in (0.0, 3600.0))
+    assert there(stack) == before
+    did = collect(stack.ledger, stack.store, stack.keys, 0.0)
+    assert would == did
+    assert did.dropped["acme"]["versions"]
+    assert did.dropped["acme"]["segments"]
+    assert (young.deleted, young.young) == ([], did.deleted)
+    assert before - there(stack) == {key for key in did.deleted if not key.startswith("keys/")}
+
+
+def test_the_command_words_a_dry_run_as_one(tmp_path: Path) -> None:
+    stack = stack_of(tmp_path, every=4, targets=1)
+    for who in SUBJECTS:
+        seal(stack, who)
+        stack.train("acme")
+    would, did = (run(stack.settings.data, "gc", "--grace", "0", *more).stdout for more in (["--dry-run"], []))
+    assert "would be kept no longer" in would
+    assert " are kept no longer" in did
+    assert would.replace("would be kept", "are kept").replace("would go", "deleted") == did
