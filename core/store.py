@@ -73,6 +73,10 @@ class ObjectStore:
         """The bytes under a key; `NotFound` when there are none."""
         return self._call("read", key, lambda obs: bytes(obs.get(self._store, key).bytes()))  # type: ignore[no-any-return]
 
+    def where(self, key: str) -> str:
+        """Where an object lies: its path, if the store is a folder, or its URL."""
+        return str(self._folder / key) if self._folder is not None else f"{self.url.rstrip('/')}/{key}"
+
     def exists(self, key: str) -> bool:
         """Whether there is something under the key."""
         try:

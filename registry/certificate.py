@@ -1,6 +1,7 @@
 """The certificate of a forget: an in-toto statement of its manifest, and what anybody can check of it without data."""
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ PREDICATE = "https://riverdelta.dev/forget/v1"
 
 @dataclass(frozen=True)
 class Checked:
-    """What a certificate says, every problem found with it, each naming what is wrong, and what has superseded it."""
+    """What a certificate says, every problem found with it, each naming what is wrong, and what has superseded it; with
+    a receipt, how many of the erased entries it opens, and how many it says lay beyond the forget horizon."""
 
     request: str
     erased: int
@@ -32,7 +34,8 @@ class Checked:
     adapters: tuple[str, ...]
     problems: tuple[str, ...]
     superseded: tuple[str, ...] = ()
-    opened: int = 0
+    opened: int | None = None
+    receipt_gone: int | None = None
 
 
 def statement(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +61,8 @@ def check(told: Mapping[str, Any]) -> Checked:
             raise BadInput("The certificate is about something else than a forget.", "Give a forget's certificate.")
         return _check(told)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(f"The certificate lacks something: {error!r}.", "Ask the issuer for it again.") from error
+        lacks = f"lacks {error}" if isinstance(error, KeyError) else "has not the form of a forget's"
+        raise BadInput(f"The certificate {lacks}.", "Ask the issuer for it again.") from error
 
 
 def _check(told: Mapping[str, Any]) -> Checked:
@@ -168,24 +172,37 @@ def receipt(
     return Receipt(entries, gone)
 
 
-def is_receipt(data: bytes) -> bool:
-    """Whether a file is what `forget --receipt` wrote."""
+def read_receipt(data: bytes) -> Receipt:
+    """What `forget --receipt` wrote to a file; `BadInput` where it wrote something else."""
     try:
-        msgspec.json.decode(data, type=Receipt)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return True
-
-
-def open_receipt(told: Mapping[str, Any], data: bytes) -> tuple[int, list[str]]:
-    """How many erased entries a receipt opens, and what does not fit: an entry that the certificate does not name, or
-    names with another content, or that is there twice."""
-    try:
-        given = msgspec.json.decode(data, type=Receipt)
+        return msgspec.json.decode(data, type=Receipt)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(
             f"The receipt cannot be read: {error}.", "Give the file that `forget --receipt` wrote."
         ) from error
+
+
+def is_receipt(data: bytes) -> bool:
+    """Whether a file is what `forget --receipt` wrote."""
+    try:
+        read_receipt(data)
+    except BadInput:
+        return False
+    return True
+
+
+def is_manifest(data: bytes) -> bool:
+    """Whether a file is the manifest that lies beside a certificate, and that is not signed."""
+    try:
+        held = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(held, dict) and {"request", "erased", "fence"} <= held.keys()
+
+
+def open_receipt(told: Mapping[str, Any], given: Receipt) -> tuple[int, list[str]]:
+    """How many erased entries a receipt opens, and what does not fit: an entry that the certificate does not name, or
+    names with another content, or that is there twice."""
     erased = {(each["adapter"], each["index"]): each["commitment"] for each in told["predicate"]["erased"]}
     opened, problems, seen = 0, list[str](), set[tuple[str, int]]()
     for each in given.entries:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from riverdelta.core.errors import BadInput, Corrupt, NotFound, RiverdeltaError, Unavailable, Unsupported
+from riverdelta.core.errors import BadInput, Conflict, Corrupt, NotFound, RiverdeltaError, Unavailable, Unsupported
 from riverdelta.core.names import check_adapter
 from riverdelta.core.options import AsJson, Config, Data, read_settings
 
@@ -62,12 +62,17 @@ def create(
 
 
 @app.command("list")
-def list_(as_json: AsJson = False, config: Config = None, data: Data = None) -> None:
+def list_(
+    every: Annotated[bool, typer.Option("--all", help="Finished forgets too.")] = False,
+    as_json: AsJson = False,
+    config: Config = None,
+    data: Data = None,
+) -> None:
     """List adapters, what each serves, what awaits training, and forgets under way."""
     from .report import print_adapters
 
     with _ledger(config, data) as (_, ledger):
-        print_adapters(ledger, as_json)
+        print_adapters(ledger, every, as_json)
 
 
 @app.command()
@@ -231,6 +236,8 @@ def forget(
     returns once they have let go of everything else."""
     import uuid
 
+    from riverdelta.core.store import ObjectStore
+
     from . import operations
     from .ledger import Stage
     from .report import print_certified, print_fence, print_forget_json, print_interrupted, telling, waiting
@@ -260,7 +267,7 @@ def forget(
         if as_json:
             print_forget_json(done, report)
         elif done.stage is Stage.PURGED:
-            print_certified(done)
+            print_certified(done, ObjectStore(settings.store_url).where(done.body["certificate"]))
 
 
 @app.command()
@@ -306,6 +313,9 @@ def verify(
     key: Annotated[
         Path | None, typer.Option(help="Of a certificate: the issuer's public key (default: this deployment's).")
     ] = None,
+    request: Annotated[
+        str, typer.Option(metavar="ID", help="Instead of a certificate's file: the id of a finished forget.")
+    ] = "",
     without: Annotated[list[str] | None, typer.Option(help="With --replay: a subject that was forgotten.")] = None,
     as_json: AsJson = False,
     config: Config = None,
@@ -318,13 +328,18 @@ def verify(
     from .report import print_verified
     from .verify import verify as check
 
-    of_certificate = "." in name or "/" in name
+    if name and request:
+        raise BadInput(f"{name} and --request are two things to check.", "Give one of them.")
+    of_certificate = bool(request) or "." in name or "/" in name
     if not of_certificate and (receipt is not None or key is not None):
-        raise BadInput("--receipt and --key are of a certificate.", "Give the certificate's file, with a dot or slash.")
+        raise BadInput(
+            "--receipt and --key are of a certificate.", "Give its file, with a dot or slash, or --request ID."
+        )
     if without and (of_certificate or not replay):
         raise BadInput("--without is of an adapter's --replay.", "Leave it out, or give an adapter and --replay.")
     if of_certificate:
-        _verify_certificate(Path(name), replay, receipt, key, as_json, config, data)
+        signed = _issued(request, config, data) if request else _certificate(Path(name))
+        _verify_certificate(signed, replay, receipt, key, as_json, config, data)
         return
     with _ledger(config, data) as (settings, ledger):
         heads = [ledger.adapter(name)] if name else ledger.adapters()
@@ -348,8 +363,34 @@ def verify(
         raise typer.Exit(codes[0])
 
 
+def _issued(request: str, config: Path | None, data: Path | None) -> bytes:
+    """The certificate of a finished forget."""
+    from riverdelta.core.store import ObjectStore
+
+    with _ledger(config, data) as (settings, ledger):
+        forget = ledger.forget_of(request)
+        if "certificate" not in forget.body:
+            raise Conflict(
+                f"The forget {request} is {forget.stage}: its certificate comes with its purge.",
+                "`riverdelta registry list` shows how far it is.",
+            )
+        return ObjectStore(settings.store_url).get(forget.body["certificate"])
+
+
+def _certificate(path: Path) -> bytes:
+    """What a file holds, unless it is what else a forget writes."""
+    from .certificate import is_manifest, is_receipt
+
+    held = _bytes(path)
+    if is_receipt(held):
+        raise BadInput(f"{path} is a receipt.", f"Give the certificate, and the receipt with it: --receipt {path}.")
+    if is_manifest(held):
+        raise BadInput(f"{path} is the manifest.", "Give the certificate.dsse.json that lies beside it.")
+    return held
+
+
 def _verify_certificate(
-    path: Path,
+    signed: bytes,
     replay: bool,
     receipt: Path | None,
     key: Path | None,
@@ -363,19 +404,17 @@ def _verify_certificate(
     from riverdelta.core.digests import sha256
 
     from .belonging import has_ledger
-    from .certificate import check, check_stored, is_receipt, open_receipt
+    from .certificate import check, check_stored, open_receipt, read_receipt
     from .report import print_certificate
     from .signing import key_of, opened, public_pem
 
-    signed = _bytes(path)
-    if is_receipt(signed):
-        raise BadInput(f"{path} is a receipt.", f"Give the certificate, and the receipt with it: --receipt {path}.")
     pem = _bytes(key) if key is not None else public_pem(read_settings(config, data).keys_dir)
     told = opened(signed, key_of(pem))
     found = check(told)
     if receipt is not None:
-        count, problems = open_receipt(told, _bytes(receipt))
-        found = replace(found, opened=count, problems=(*found.problems, *problems))
+        given = read_receipt(_bytes(receipt))
+        count, problems = open_receipt(told, given)
+        found = replace(found, opened=count, receipt_gone=given.gone, problems=(*found.problems, *problems))
     replayed: list[dict[str, object]] = []
     if replay and auditor is None:
         raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")

@@ -1,5 +1,6 @@
 """What the registry commands print: tables for people, JSON for scripts."""
 
+import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,11 +27,11 @@ _err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 _BY_HAND = {Hand.ACCEPT: "Accepted", Hand.DISCARD: "Discarded"}
 
 
-def print_adapters(ledger: Ledger, as_json: bool) -> None:
-    """Every adapter on a line, then the forgets that are not finished."""
+def print_adapters(ledger: Ledger, every: bool, as_json: bool) -> None:
+    """Every adapter on a line, then the forgets that are not finished, or `every` one."""
     heads, releases, rejections = ledger.adapters(), ledger.releases(), ledger.rejections()
     waiting = {head.name: ledger.count_awaiting(head.name) for head in heads}
-    forgets = ledger.forgets(unfinished=True)
+    forgets = ledger.forgets(unfinished=not every)
     if as_json:
         print_json(
             {
@@ -172,9 +173,10 @@ def print_fence(report: ForgetReport, already: bool) -> None:
         _out.print(f"{left} follow by themselves; `riverdelta registry list` shows request {forget.id}.")
 
 
-def print_certified(forget: Forget) -> None:
+def print_certified(forget: Forget, where: str) -> None:
     """Where the certificate of a purged forget lies."""
-    _out.print(f"Rebuilt and purged; certified by {forget.body['certificate']} in the object store.")
+    _out.print(f"Rebuilt and purged; certified by {where}.")
+    _out.print(f"`riverdelta registry verify --request {shlex.quote(forget.id)}` checks it.")
 
 
 def print_interrupted(forget: Forget | None) -> None:
@@ -251,8 +253,9 @@ def print_certificate(found: Checked, replayed: Sequence[dict[str, object]], as_
             f"Forget {found.request}: {many(found.erased, 'entry')} erased, {many(found.revoked, 'version')} revoked, "
             f"in {_some(found.adapters)}: {'in order' if not found.problems else 'NOT in order'}."
         )
-        if found.opened:
-            _out.print(f"  The receipt opens {found.opened} of the erased entries.")
+        if found.opened is not None:
+            gone = f"; {found.receipt_gone} more lay beyond the forget horizon" if found.receipt_gone else ""
+            _out.print(f"  The receipt opens {found.opened} of {many(found.erased, 'erased entry')}{gone}.")
         for superseded in found.superseded:
             _out.print(f"  Superseded: {superseded}.")
         for each in replayed:

@@ -25,6 +25,7 @@ from riverdelta.core.errors import BadInput, Corrupt
 from riverdelta.core.keys import secret_file
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
+_BEGINS = b'{"payload":"'
 _FILE = "certificates.key"
 
 
@@ -54,10 +55,10 @@ def key_of(pem: bytes) -> SSlibKey:
     """A public key as it was published; `BadInput` when it is none."""
     try:
         key = load_pem_public_key(pem)
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise BadInput(f"That is no public key: {error}.", "Give the PEM that was published.") from error
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise BadInput("That is no public key in PEM form.", "Give the file that the issuer published.") from error
     if not isinstance(key, Ed25519PublicKey):
-        raise BadInput("That is not an Ed25519 key.", "Give the PEM that was published.")
+        raise BadInput("That is not an Ed25519 key.", "Give the file that the issuer published.")
     return SSlibKey.from_crypto(key)
 
 
@@ -69,13 +70,16 @@ def sign(folder: Path, statement: dict[str, Any]) -> bytes:
 
 
 def opened(data: bytes, key: SSlibKey) -> dict[str, Any]:
-    """The statement in an envelope; `Corrupt` unless this key signed it and each byte is as it was written."""
+    """The statement in an envelope; `Corrupt` unless this key signed it and each byte is as it was written, `BadInput`
+    where it never was one."""
     try:
         envelope = Envelope.from_dict(json.loads(data))
         same = _written(envelope) == data
         statement = json.loads(envelope.payload)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, NotBase64) as error:
-        raise Corrupt(f"The certificate is no DSSE envelope: {error!r}.", _AGAIN) from error
+        if data[: len(_BEGINS)] != _BEGINS[: len(data)] and PAYLOAD_TYPE.encode() not in data:
+            raise BadInput("That is no certificate.", "Give the certificate.dsse.json of a forget.") from error
+        raise Corrupt("The certificate is damaged: it is no DSSE envelope any more.", _AGAIN) from error
     if not same or envelope.payload_type != PAYLOAD_TYPE or not isinstance(statement, dict):
         raise Corrupt("The certificate is not in the form in which it was written.", _AGAIN)
     try:

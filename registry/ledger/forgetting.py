@@ -294,7 +294,9 @@ class Forgetting(Lending):
         # Every id is printable, and PostgreSQL takes no NUL.
         row = c.execute(query.with_for_update() if lock else query).first() if request.isprintable() else None
         if row is None:
-            raise NotFound(f"There is no forget {request[:80]}.", "`riverdelta registry list` shows those there are.")
+            raise NotFound(
+                f"There is no forget {request[:80]}.", "`riverdelta registry list --all` shows those there are."
+            )
         return forget_of(row)
 
     def advance(self, request: str, stage: Stage, body: Mapping[str, Any], actor: str) -> Forget:

@@ -16,15 +16,16 @@ from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.errors import BadInput, Corrupt
 from riverdelta.core.settings import Settings
 from riverdelta.registry import cli, operations
-from riverdelta.registry.certificate import check, check_stored, open_receipt
+from riverdelta.registry.certificate import check, check_stored, open_receipt, read_receipt
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import Hand
 from riverdelta.registry.ledger import tables as t
 from riverdelta.registry.operations import Operations
-from riverdelta.registry.purge import PUBLIC_KEY, certificate_key
+from riverdelta.registry.purge import PUBLIC_KEY, certificate_key, manifest_key
 from riverdelta.registry.signing import key_of, opened, sign
 from riverdelta.registry.verify import verify
 from tests.registry.stack import Stack, two_versions
+from tests.registry.test_cli import run
 
 
 class Issued(NamedTuple):
@@ -68,16 +69,16 @@ def test_anyone_checks_it_without_data(issued: Issued) -> None:
 
 def test_the_subject_opens_their_entries(issued: Issued) -> None:
     told = opened(issued.data, key_of(issued.pem))
-    assert open_receipt(told, issued.receipt) == (1, [])
+    assert open_receipt(told, read_receipt(issued.receipt)) == (1, [])
     held = json.loads(issued.receipt)
     assert len(held["entries"]) == 1
     for name, wrong in (("content", "AAAA"), ("salt", "A" * 24), ("index", 3)):
         changed = {"entries": [{**held["entries"][0], name: wrong}]}
-        count, [problem] = open_receipt(told, json.dumps(changed).encode())
+        count, [problem] = open_receipt(told, read_receipt(json.dumps(changed).encode()))
         assert count == 0
         assert "acme" in problem
     with pytest.raises(BadInput):
-        open_receipt(told, issued.receipt[:-3])
+        read_receipt(issued.receipt[:-3])
     receipt = Path(issued.stack.settings.data.parent / "receipt.json")
     assert receipt.stat().st_mode & 0o077 == 0
 
@@ -256,3 +257,77 @@ def test_operators_acts_are_named_each_at_its_index(tmp_path: Path) -> None:
         ("allow", 6),
         ("by_hand", 6),
     ]
+
+
+def said(issued: Issued, *arguments: str, code: int = 0) -> str:
+    done = run(issued.stack.settings.data, "verify", *arguments)
+    assert done.returncode == code, done.stderr
+    return " ".join(f"{done.stdout} {done.stderr}".split())
+
+
+def test_what_a_receipt_opens_is_told_even_where_it_is_nothing(issued: Issued, tmp_path: Path) -> None:
+    def told(*arguments: str) -> tuple[int | None, int | None]:
+        found = json.loads(said(issued, "--request", "req", "--json", *arguments))
+        return found["opened"], found["receipt_gone"]
+
+    empty, gone, whole = tmp_path / "empty.json", tmp_path / "gone.json", tmp_path / "whole.json"
+    empty.write_text('{"entries": []}')
+    gone.write_text('{"entries": [], "gone": 2}')
+    whole.write_bytes(issued.receipt)
+    assert told() == (None, None)
+    assert told("--receipt", str(empty)) == (0, 0)
+    assert told("--receipt", str(gone)) == (0, 2)
+    assert told("--receipt", str(whole)) == (1, 0)
+    assert "receipt" not in said(issued, "--request", "req")
+    assert "The receipt opens 0 of 1 erased entry." in said(issued, "--request", "req", "--receipt", str(empty))
+    more = said(issued, "--request", "req", "--receipt", str(gone))
+    assert "The receipt opens 0 of 1 erased entry; 2 more lay beyond the forget horizon." in more
+
+
+def test_a_certificate_is_found_by_its_request(issued: Issued) -> None:
+    stack, data = issued.stack, issued.stack.settings.data
+    assert "Forget req: 1 entry erased" in said(issued, "--request", "req")
+    listed = [json.loads(run(data, "list", *more, "--json").stdout)["forgets"] for more in ([], ["--all"])]
+    assert [[each["request_id"] for each in forgets] for forgets in listed] == [[], ["req"]]
+    assert "Forget req of" in run(data, "list", "--all").stdout
+    waited = run(data, "forget", "--adapter", "acme", "--subject", "ann", "--request", "req", "--wait").stdout
+    where = f"{data}/store/{certificate_key('req')}"
+    assert f"certified by {where}." in waited
+    assert Path(where).read_bytes() == issued.data
+    assert "in order" in said(issued, where)
+    assert "list --all" in said(issued, "--request", "nobody's", code=3)
+    said(issued, "acme", "--request", "req", code=2)
+    Operations(stack.ledger, stack.settings, "op").fence("zoe", ["acme"], request="young")
+    assert "The forget young is fenced: its certificate comes" in said(issued, "--request", "young", code=4)
+
+
+def test_what_is_no_certificate_is_told_in_a_line(issued: Issued, tmp_path: Path) -> None:
+    data = issued.stack.settings.data
+    file, pem = tmp_path / "it.json", tmp_path / "issuer.pub"
+
+    def verified(held: bytes, code: int) -> str:
+        file.write_bytes(held)
+        told = said(issued, str(file), code=code)
+        assert len(told) < 250
+        return told
+
+    place = len(issued.data) // 3
+    for damaged in (
+        issued.data[:place],
+        issued.data[:place] + b"!" + issued.data[place + 1 :],
+        issued.data[:place] + b"\xff" + issued.data[place + 1 :],
+    ):
+        assert "certificate" in verified(damaged, 7)
+    manifest = issued.stack.store.get(manifest_key("req"))
+    assert "is the manifest. Give the certificate.dsse.json that lies beside it" in verified(manifest, 2)
+    for other in (b"hello", b"[]", b"{}", b"\x89PNG\xff", b'{"payload": 1}', b"[" * 100_000):
+        assert "That is no certificate." in verified(other, 2)
+    lacking = opened(issued.data, key_of(issued.pem))
+    del lacking["predicate"]["erased"]
+    assert "The certificate lacks 'erased'." in verified(sign(issued.stack.settings.keys_dir, lacking), 2)
+    for key in (b"no key", b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", issued.data):
+        pem.write_bytes(key)
+        done = run(data, "verify", "--request", "req", "--key", str(pem))
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "That is no public key in PEM form." in done.stderr

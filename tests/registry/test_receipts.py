@@ -13,7 +13,7 @@ from riverdelta.core.payload import SALT_BYTES
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry import cli, operations
-from riverdelta.registry.certificate import open_receipt
+from riverdelta.registry.certificate import open_receipt, read_receipt
 from riverdelta.registry.gc import collect
 from tests.registry.stack import Stack
 
@@ -31,7 +31,7 @@ def coded(data: bytes) -> str:
 
 def opened(*entries: tuple[str, str]) -> tuple[int, list[str]]:
     held = [{"adapter": "acme", "index": 2, "salt": salt, "content": content} for salt, content in entries]
-    return open_receipt(told(), json.dumps({"entries": held}).encode())
+    return open_receipt(told(), read_receipt(json.dumps({"entries": held}).encode()))
 
 
 def test_an_honest_receipt_opens_its_entry() -> None:
