@@ -222,7 +222,7 @@ def counterfactual(
     """Train without a subject's data, and compare.
 
     A fresh process trains the adapter alone from Kafka's raw events, with subjects suppressed from the start, and
-    compares the SHA-256 of its weights with that of the live ones. Exit code 0 if they are equal, 1 if not.
+    compares the SHA-256 of its weights with that of the live ones. Exit code 0 if they are equal, 7 if not.
     """
     from .counterfactual import main as run
 

@@ -184,7 +184,8 @@ def print_interrupted(forget: Forget | None) -> None:
     _err.print(
         f"Interrupted; the forget goes on by itself, and `riverdelta registry list` shows request {forget.id}."
         if forget is not None
-        else "Interrupted before anything was forgotten."
+        else "Interrupted before anything was forgotten.",
+        soft_wrap=True,
     )
 
 
@@ -235,7 +236,8 @@ def print_replayed(result: Mapping[str, Any]) -> None:
     _out.print(f"{many(result['entries'], 'entry')}, {result['tombstones']} left out. {told}")
     if result["unmatched"]:
         names = ", ".join(result["unmatched"])
-        _err.print(f"No event that {result['adapter']} learned from is about {names}: check the spelling of --without.")
+        told = f"No event that {result['adapter']} learned from is about {names}: check the spelling of --without."
+        _err.print(told, soft_wrap=True)
     if not result["equal"]:
         _err.print(
             "Name every forgotten subject with --without."
