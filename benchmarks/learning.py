@@ -4,8 +4,8 @@ Tenants of `tenants` live through segments of facts, tickets and small talk, wit
 the same segments in order, and all are asked the same things at five checkpoints: facts as they are now, in a wording
 that was never taught, new tickets and new small talk. Ours is the default recipe, gate and drift included; sequential
 LoRA is the same without rehearsal. Retraining starts from the base at every checkpoint, on all that there is, with the
-passes and rate of a grid that suited it best. Compute is counted in tokens through the base, a trained token as three
-scored ones, the gate's own scoring included.
+passes, rate and schedule of a grid that suited it best. Compute is counted in tokens through the base, a trained token
+as three scored ones, the gate's own scoring included.
 
     python -m benchmarks.learning [--quick] [--base FOLDER] [--tenants 1] [--seed 0] [--jobs 2]
 
@@ -43,8 +43,10 @@ CHECKPOINTS = 5
 RIVALS = ("base", "sequential", "ours", "retrain")
 KINDS = ("fact", "ticket", "style")
 LONGEST = 96
-# Passes and rates among which retraining has its choice.
-GRID = ((5, 2e-3), (5, 4e-3), (10, 5e-4), (10, 1e-3))
+# How a rate falls, and whether weights are averaged: over one long training in a line and not, or as the default does.
+SCHEDULES: dict[str, dict[str, float]] = {"linear": {"final": 0.1, "floor": 1.0, "average": 0.0}, "default": {}}
+# Passes, rates and schedules among which retraining has its choice.
+GRID = ((5, 2e-3, "linear"), (10, 5e-4, "linear"), (10, 1e-3, "linear"), (10, 1e-3, "default"))
 
 
 @dataclass
@@ -108,10 +110,9 @@ class Bench:
         """The mean loss of some entries, in nats a token."""
         return fmean(each.loss for each in score(self.base, life.weights, self.rows(asked)))
 
-    def recipe(self, rate: float | None = None, **training: Any) -> Recipe:
+    def recipe(self, optimiser: dict[str, float] | None = None, **training: Any) -> Recipe:
         """The default recipe, or what of it is said."""
-        rated = {} if rate is None else {"learning_rate": rate}
-        return Recipe.from_dict({"optimiser": rated, "training": {"max_length": LONGEST, **training}})
+        return Recipe.from_dict({"optimiser": optimiser or {}, "training": {"max_length": LONGEST, **training}})
 
     def examine(self, life: Life, checkpoint: int) -> None:
         """Ask everything of a checkpoint."""
@@ -162,12 +163,13 @@ class Bench:
         life.files, life.weights = (made.weights, made.state), learner.weights
         life.earlier += entries
 
-    def retrain(self, checkpoint: int, passes: int, rate: float) -> Life:
+    def retrain(self, checkpoint: int, passes: int, rate: float, schedule: str) -> Life:
         """From the base, on all there is at a checkpoint; prequential losses are those of what comes after it."""
         until = (checkpoint + 1) * self.every
         life = Life()
         everything = [one for said in self.stream[:until] for one in said]
-        self.learn(life, self.recipe(rate, rehearse=0, passes=passes), everything, gated=False)
+        recipe = self.recipe({"learning_rate": rate, **SCHEDULES[schedule]}, rehearse=0, passes=passes)
+        self.learn(life, recipe, everything, gated=False)
         self.examine(life, checkpoint)
         life.prequential = [self.losses(life, said) for said in self.stream[until : until + self.every]]
         return life
@@ -237,7 +239,7 @@ def mean(lives: Sequence[Sequence[float]]) -> list[float]:
     return [round(fmean(points), 4) for points in zip(*lives, strict=True)]
 
 
-Job = tuple[int, str, int, int, float]  # tenant, rival, and for retraining checkpoint, passes and rate
+Job = tuple[int, str, int, int, float, str]  # tenant, rival, and for retraining checkpoint, passes, rate and schedule
 _benches: dict[int, Bench] = {}
 
 
@@ -285,7 +287,7 @@ def main() -> None:
     last = CHECKPOINTS - 1
     tenants = range(given.tenants)
     jobs: list[Job] = [(n, "retrain", last, *how) for n in tenants for how in reversed(GRID)]
-    jobs += [(n, rival, 0, 0, 0.0) for n in tenants for rival in ("ours", "sequential", "base")]
+    jobs += [(n, rival, 0, 0, 0.0, "") for n in tenants for rival in ("ours", "sequential", "base")]
     done: dict[Job, Life] = {}
     context = multiprocessing.get_context("spawn")
     with context.Pool(given.jobs, begin, (folder, given.dtype, 1, shape)) as pool:
@@ -301,10 +303,10 @@ def main() -> None:
     report(given, folder, done, best, time.monotonic() - began)
 
 
-def again(done: dict[Job, Life], number: int, best: tuple[int, float]) -> Life:
+def again(done: dict[Job, Life], number: int, best: tuple[int, float, str]) -> Life:
     """A tenant's five retrainings as one life; before the first, it is the base's."""
     parts = [done[number, "retrain", checkpoint, *best] for checkpoint in range(CHECKPOINTS)]
-    base = done[number, "base", 0, 0, 0.0].prequential
+    base = done[number, "base", 0, 0, 0.0, ""].prequential
     first = base[: len(base) // CHECKPOINTS]
     return Life(
         compute=sum(part.compute for part in parts),
@@ -315,11 +317,11 @@ def again(done: dict[Job, Life], number: int, best: tuple[int, float]) -> Life:
 
 
 def report(
-    given: argparse.Namespace, folder: Path, done: dict[Job, Life], best: tuple[int, float], seconds: float
+    given: argparse.Namespace, folder: Path, done: dict[Job, Life], best: tuple[int, float, str], seconds: float
 ) -> None:
     """Keep the figures and the plot, print the table and the JSON."""
     tenants = range(given.tenants)
-    lives = {rival: [done[n, rival, 0, 0, 0.0] for n in tenants] for rival in RIVALS[:3]}
+    lives = {rival: [done[n, rival, 0, 0, 0.0, ""] for n in tenants] for rival in RIVALS[:3]}
     lives["retrain"] = [again(done, n, best) for n in tenants]
     loss = {rival: fmean(each for life in lives[rival] for each in life.loss) for rival in RIVALS}
     # To retrain at every segment costs as much a token as at a checkpoint, on 1 + 2 + ... segments.
@@ -345,10 +347,15 @@ def report(
         "entries": given.size,
         "seconds": round(seconds, 1),
         "rivals": rivals,
-        "retrain_choice": {"passes": best[0], "rate": best[1]},
+        "retrain_choice": {"passes": best[0], "rate": best[1], "schedule": best[2]},
         "retrain_tried": [
-            {"passes": p, "rate": r, "loss": fmean(done[n, "retrain", CHECKPOINTS - 1, p, r].loss[0] for n in tenants)}
-            for p, r in GRID
+            {
+                "passes": passes,
+                "rate": rate,
+                "schedule": schedule,
+                "loss": fmean(done[n, "retrain", CHECKPOINTS - 1, passes, rate, schedule].loss[0] for n in tenants),
+            }
+            for passes, rate, schedule in GRID
         ],
         "rejected": sum(life.rejected for life in lives["ours"]),
         "drifts": sum(life.drifts for life in lives["ours"]),

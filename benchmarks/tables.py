@@ -178,7 +178,8 @@ def learning(name: str) -> str:
     return (
         f"{report['base']}, {report['segments']} segments of {report['entries']}; {_measured(report)}\n\n"
         + _table(heads, rows)
-        + f"\n\nRight is at the last checkpoint. Retraining did best with {how['passes']} passes at {how['rate']:g}. "
+        + f"\n\nRight is at the last checkpoint. Retraining did best with {how['passes']} passes at {how['rate']:g}, "
+        f"{'falling in a line' if how.get('schedule', 'linear') == 'linear' else 'with the default schedule'}. "
         f"Ours against it: loss {report['loss_vs_retrain_pct']:+.1f} %, compute "
         f"{report['compute_vs_retrain_pct']:.0f} % of five retrainings and "
         f"{report['compute_vs_retrain_every_segment_pct']:.0f} % of one at every segment; backward transfer "

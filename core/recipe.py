@@ -27,18 +27,23 @@ class Lora(Struct, frozen=True, forbid_unknown_fields=True):
 class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
     """AdamW (Loshchilov and Hutter 2019).
 
-    Over an increment the rate falls linearly to `final` of what it began with. `decay` scales it by
-    1 / (1 + decay * position), position in micro-batches since the adapter began, those that tombstones skip counted.
+    Over an increment the rate falls linearly to `final` of what it began with. Over the adapter's life it falls towards
+    `floor` of itself, which it never reaches: what lies above that is scaled by 1 / (1 + decay * position), position in
+    micro-batches since the adapter began, those that tombstones skip counted.
+    What an increment ends with is the mean of its weights over the last `average` of its steps (Polyak and Juditsky
+    1992; 0: its last weights).
     """
 
-    learning_rate: Annotated[float, Meta(gt=0)] = 7e-4
-    final: Annotated[float, Meta(ge=0, le=1)] = 0.1
-    decay: Annotated[float, Meta(ge=0)] = 0.0
+    learning_rate: Annotated[float, Meta(gt=0)] = 1.5e-3
+    final: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    decay: Annotated[float, Meta(ge=0)] = 0.01
+    floor: Annotated[float, Meta(ge=0, le=1)] = 0.3
     beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.99
     epsilon: Annotated[float, Meta(gt=0)] = 1e-8
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     clip: Annotated[float, Meta(ge=0)] = 1.0
+    average: Annotated[float, Meta(ge=0, le=1)] = 0.5
 
 
 class Training(Struct, frozen=True, forbid_unknown_fields=True):

@@ -32,6 +32,7 @@ _MEASURED = (
     "prequential",
     "learned",
     "surprise",
+    "surprise_upper",
     "surprise_bound",
     "earlier_before",
     "earlier_after",

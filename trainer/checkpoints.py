@@ -308,10 +308,12 @@ def _encode(key: str, snapshot: Snapshot) -> bytes:
         "place": snapshot.place,
         "position": snapshot.position,
         "taken": snapshot.taken,
+        "averaged": snapshot.averaged,
         "tokens": snapshot.tokens,
         "losses": [loss.hex() for loss in snapshot.losses],
     }
-    return encode(config, {"weights": snapshot.weights, "m": snapshot.m, "v": snapshot.v})[0]
+    vectors = {"weights": snapshot.weights, "m": snapshot.m, "v": snapshot.v, "mean": snapshot.mean}
+    return encode(config, vectors)[0]
 
 
 def _decode(path: Path, key: str) -> Snapshot | None:
@@ -331,9 +333,11 @@ def _parsed(raw: bytes, key: str) -> Snapshot | None:
         tensors["weights"],
         tensors["m"],
         tensors["v"],
+        tensors["mean"],
         config["place"],
         config["position"],
         config["taken"],
+        config["averaged"],
         config["tokens"],
         tuple(float.fromhex(loss) for loss in config["losses"]),
     )

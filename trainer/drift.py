@@ -17,8 +17,8 @@ RECENT = 64
 
 
 class Usual(NamedTuple):
-    """What a version of the lineage found its segment to be: how surprising, the losses of its entries before they were
-    learned, and whether these had risen."""
+    """What a version of the lineage found its segment to be: how surprising its upper quarter, the losses of its
+    entries before they were learned, and whether these had risen."""
 
     surprise: float
     losses: tuple[float, ...] = ()

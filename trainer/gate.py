@@ -38,9 +38,9 @@ class Judged:
 def usual_of(metrics: Iterable[Mapping[str, Any]]) -> list[Usual]:
     """What the segments of versions were, given the versions' metrics."""
     return [
-        Usual(float(held["surprise"]), tuple(held.get("new", ())), bool(held.get("drift")))
+        Usual(float(held["surprise_upper"]), tuple(held.get("new", ())), bool(held.get("drift")))
         for held in metrics
-        if "surprise" in held
+        if "surprise_upper" in held
     ]
 
 

@@ -64,14 +64,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A learner between two steps: weights and moments as flat float32 vectors of their own, and its counts."""
+    """A learner between two steps: weights, moments and the mean of weights so far (empty before there is one) as flat
+    float32 vectors of their own, and its counts."""
 
     weights: Tensor
     m: Tensor
     v: Tensor
+    mean: Tensor
     place: int
     position: int
     taken: int
+    averaged: int
     tokens: int
     losses: tuple[float, ...]
 
@@ -103,6 +106,9 @@ class Learner:
             for slot in sorted({slot for batch in self.plan for slot in batch.earlier})
         }
         self._gradient = torch.zeros_like(self.weights.flat)
+        # The mean of the weights after so many of the last steps.
+        self._mean, self._averaged = self.weights.flat.new_empty(0), 0
+        self._unaveraged = math.floor(len(self.plan) * (1.0 - recipe.optimiser.average))
         self.place = 0
         self.losses: list[float] = []
         self.tokens = 0
@@ -150,12 +156,19 @@ class Learner:
         self.losses.append(loss)
         self.tokens += tokens
         self.place += 1
+        if self.place > self._unaveraged:
+            self._averaged += 1
+            if self._averaged == 1:
+                self._mean = self.weights.flat.detach().clone()
+            else:
+                self._mean.lerp_(self.weights.flat.detach(), 1.0 / self._averaged)
 
     def snapshot(self) -> Snapshot:
         """The state between two steps, copied."""
         o = self.optimiser
-        weights, m, v = (vector.detach().clone() for vector in (self.weights.flat, o.m, o.v))
-        return Snapshot(weights, m, v, self.place, o.position, o.taken, self.tokens, tuple(self.losses))
+        weights, m, v, mean = (vector.detach().clone() for vector in (self.weights.flat, o.m, o.v, self._mean))
+        counts = self.place, o.position, o.taken, self._averaged, self.tokens
+        return Snapshot(weights, m, v, mean, *counts, tuple(self.losses))
 
     def restore(self, held: Snapshot) -> None:
         """Go on from a snapshot of the same increment."""
@@ -163,6 +176,7 @@ class Learner:
         with torch.no_grad():
             for vector, kept in zip((self.weights.flat, o.m, o.v), (held.weights, held.m, held.v), strict=True):
                 vector.copy_(kept)
+        self._mean, self._averaged = held.mean.to(self.weights.flat.device, copy=True), held.averaged
         self.place, o.position, o.taken = held.place, held.position, held.taken
         self.tokens, self.losses = held.tokens, list(held.losses)
 
@@ -170,6 +184,9 @@ class Learner:
         """What the increment has come to; raises its failure, if it has one."""
         if self.failure is not None:
             raise self.failure
+        if self._averaged:
+            with torch.no_grad():
+                self.weights.flat.copy_(self._mean)
         weights, digest = self.weights.dump()
         state, state_digest = self.optimiser.dump()
         metrics = {

@@ -13,8 +13,9 @@ from riverdelta.core.weights import decode, encode
 def rate_at(optimiser: Optimiser, position: int, progress: float) -> float:
     """The learning rate at a position (micro-batches since the adapter began, skipped ones counted), a share `progress`
     into its increment."""
-    fall = 1.0 - progress * (1.0 - optimiser.final)
-    return optimiser.learning_rate * fall / (1.0 + optimiser.decay * position)
+    within = 1.0 - progress * (1.0 - optimiser.final)
+    over_life = optimiser.floor + (1.0 - optimiser.floor) / (1.0 + optimiser.decay * position)
+    return optimiser.learning_rate * within * over_life
 
 
 class AdamW:

@@ -5,7 +5,7 @@ Every number is a mean loss of one row in nats a token, so that a figure means t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean, median, quantiles
 
 from riverdelta.core.recipe import Gate
 
@@ -30,8 +30,8 @@ class Compared:
 class Evidence:
     """What a candidate is judged by: the new segment, a sample of earlier entries, the operator's questions.
 
-    `surprises` are the parent's at the segment's rows, and `usual` what accepted segments of the lineage had for a
-    median of them, in order. `repetitive` is the share of rows whose answer says one thing over and over.
+    `surprises` are the parent's at the segment's rows, and `usual` where the upper quarter of them began in accepted
+    segments of the lineage, in order. `repetitive` is the share of rows whose answer says one thing over and over.
     """
 
     segment: Compared
@@ -53,7 +53,8 @@ class Evidence:
         }
         held = {name: fmean(losses) for name, losses in means.items() if losses}
         if self.surprises:
-            held |= {"surprise": median(self.surprises), "repetitive": self.repetitive}
+            upper = _upper_quarter(self.surprises)
+            held |= {"surprise": median(self.surprises), "surprise_upper": upper, "repetitive": self.repetitive}
         if self.bound is not None:
             held["surprise_bound"] = self.bound + gate.tolerance
         if self.earlier.before:
@@ -62,13 +63,15 @@ class Evidence:
 
     @property
     def bound(self) -> float | None:
-        """What the lineage lets expect of a segment's median surprise at most, before any tolerance; None while too
-        few segments tell. Robust against a few that were not usual."""
+        """What the lineage lets expect of a segment's median surprise at most, before any tolerance: where the upper
+        quarter begins in its segments, be all of this one like the most surprising of those. None while too few tell.
+        Robust against a few that were not usual."""
         recent = self.usual[-_RECENT:]
-        if len(recent) < _FEWEST:
-            return None
-        middle = median(recent)
-        return middle + 3 * 1.4826 * median(abs(each - middle) for each in recent)
+        return median(recent) if len(recent) >= _FEWEST else None
+
+
+def _upper_quarter(values: Sequence[float]) -> float:
+    return quantiles(values, n=4, method="inclusive")[2] if len(values) > 1 else values[0]
 
 
 def says_one_thing(answer: Sequence[int]) -> bool:
