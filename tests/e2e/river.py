@@ -33,6 +33,9 @@ RECIPE = """
 rank = 16
 [optimiser]
 learning_rate = 1e-2
+final = 0.1
+floor = 1.0
+average = 0.0
 [training]
 passes = 20
 micro_batch = 2
