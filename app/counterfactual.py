@@ -144,12 +144,13 @@ def train(ledger: Ledger, settings: Settings, wanted: Plan, without: Collection[
     recipe = Recipe.from_dict(wanted.recipe)
     lessons = read_lessons(settings, wanted.adapter, places, recipe)
     until = {hashed: wanted.allowed.get(hashed, math.inf) for hashed in map(key.subject, without)}
+    about = {at: [key.subject(name) for name in lesson.subjects] for at, lesson in lessons.items()}
     left_out = {
         at
         for at, lesson in lessons.items()
         if at in wanted.came_before
         or (lesson.written_by and (lesson.written_by in wanted.revoked or at in wanted.written_off))
-        or any(wanted.indexes[at] < until.get(key.subject(name), 0) for name in lesson.subjects)
+        or any(wanted.indexes[at] < until.get(hashed, 0) for hashed in about[at])
     }
     segments = [
         without_near_duplicates(
@@ -167,10 +168,7 @@ def train(ledger: Ledger, settings: Settings, wanted: Plan, without: Collection[
         lambda done, of: progress("training segment by segment", done, of),
         wanted.hands,
         [
-            [
-                shard_of([key.subject(each) for each in lessons[at].subjects], wanted.indexes[at], recipe.shards.count)
-                for at in segment
-            ]
+            [shard_of(about[at], wanted.indexes[at], recipe.shards.count) for at in segment]
             for segment in wanted.segments
         ],
         wanted.numbers,

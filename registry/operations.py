@@ -163,8 +163,8 @@ class Operations:
         self,
         subject: str,
         adapters: Sequence[str] | None,
-        reason: str = "",
-        request: str = "",
+        reason: str,
+        request: str,
         serve_until_rebuilt: float = 0.0,
         asked: Mapping[str, Any] | None = None,
     ) -> Forget:
@@ -206,7 +206,6 @@ class Operations:
         serve_until_rebuilt: float,
     ) -> Forget:
         hashed = _hashed(self._ledger, self._settings, subject)
-        request = request or str(uuid.uuid4())
         if names(request, subject):
             raise BadInput(
                 "The request id names the subject, and would outlive it.", "Use one that says nothing of it."

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from riverdelta.core.errors import NotFound, Refused
 from riverdelta.core.names import check_adapter
 from riverdelta.registry.ledger import AdapterRecord, Forget, Mode
-from riverdelta.registry.operations import LONGEST_SECONDS, Operations, forget_json
+from riverdelta.registry.operations import LONGEST_SECONDS, Operations, begun_forget, forget_json
 
 from .api_keys import Caller
 from .server import Server
@@ -93,11 +93,8 @@ def routes(server: Server) -> APIRouter:
         is known by its whole id where it concerns the caller's adapters."""
         caller = request.state.caller
         for each in dict.fromkeys((caller.namespace + request_id, request_id)):
-            try:
-                held = await asyncio.to_thread(server.ledger.forget_of, each)
-            except NotFound:
-                continue
-            if caller.everything or any(map(caller.sees, held.adapters)):
+            held = await asyncio.to_thread(begun_forget, server.ledger, each)
+            if held is not None and (caller.everything or any(map(caller.sees, held.adapters))):
                 return _forget(held, caller)
         raise NotFound("There is no such forget.", "Give the request_id that the forget was asked for with.")
 

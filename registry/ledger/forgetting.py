@@ -147,21 +147,23 @@ class Forgetting(Lending):
         """The segments that hold the subject or, to a fixed point, text that a version written off here wrote, and the
         imported versions that are copies of one; with the digests that only those versions have."""
         reaches: dict[str, _Reach] = {}
+
+        def reach_into(name: str) -> _Reach:
+            if name not in reaches:
+                reaches[name] = _Reach(self._adapter(c, name, lock=True), self._versions(c, name))
+            return reaches[name]
+
         found = [pair for pair in self._mentioning(c, {subject}) if pair[0] in names]
         writers: set[str] = set()
         while True:
             for name, segment in found:
-                if name not in reaches:
-                    reaches[name] = _Reach(self._adapter(c, name, lock=True), self._versions(c, name))
-                reaches[name].touched.add(segment)
+                reach_into(name).touched.add(segment)
             for reach in reaches.values():
                 reach.dirty = decisions.dirty_versions(reach.versions, reach.touched, reach.copies)
             digests = {reach.versions[v].digest for reach in reaches.values() for v in reach.dirty}
             if copies := self._copies(c, digests, reaches):
                 for name, number in copies:
-                    if name not in reaches:
-                        reaches[name] = _Reach(self._adapter(c, name, lock=True), self._versions(c, name))
-                    reaches[name].copies.add(number)
+                    reach_into(name).copies.add(number)
                 found = []
                 continue
             writers = self._only_revoked(c, digests, {name: reach.dirty for name, reach in reaches.items()})

@@ -297,7 +297,7 @@ def test_a_certificate_is_found_by_its_request(issued: Issued) -> None:
     assert "in order" in said(issued, where)
     assert "list --all" in said(issued, "--request", "nobody's", code=3)
     said(issued, "acme", "--request", "req", code=2)
-    Operations(stack.ledger, stack.settings, "op").fence("zoe", ["acme"], request="young")
+    Operations(stack.ledger, stack.settings, "op").fence("zoe", ["acme"], "", "young")
     assert "The forget young is fenced: its certificate comes" in said(issued, "--request", "young", code=4)
 
 
