@@ -265,6 +265,7 @@ def decide_resume(adapter: AdapterRecord, versions: Versions, segments: Iterable
     left = Line.of(versions, adapter.held_tip or 0)
     if mode == "tip":
         tip = _longest_clean(versions, left, (adapter.held_tip or 0, adapter.tip))
+    digest = releasable(adapter, versions, tip)
     line = Line.of(versions, tip)
     changed = []
     for segment in segments:
@@ -281,7 +282,7 @@ def decide_resume(adapter: AdapterRecord, versions: Versions, segments: Iterable
         "mode": mode,
         "from": adapter.release,
         "to": tip,
-        "digest": versions[tip].digest if tip else "",
+        "digest": digest,
         "index": adapter.next_index,
     }
     return Change(
@@ -316,12 +317,13 @@ def _return(segment: SegmentRecord, left: Line) -> SegmentRecord | None:
 
 def _longest_clean(versions: Versions, left: Line, ends: Iterable[int]) -> int:
     """The clean version, of these and their ancestors, that has gone furthest along a line and nowhere else."""
-    found, length = left.root, 0
+    root = left.root if left.root and not versions[left.root].revoked else 0  # the line begins anew at the base
+    found, length = newest_clean(versions, root), 0
     wanted = sorted(left.segments)
     for number in dict.fromkeys(ancestor for end in ends for ancestor in lineage(versions, end)):
         here = Line.of(versions, number)
         steps = sorted(here.segments)
-        along = here.root == left.root and steps == wanted[: len(steps)]
+        along = here.root == root and steps == wanted[: len(steps)]
         if along and len(steps) > length and versions[number].usable:
             found, length = number, len(steps)
     return found

@@ -349,13 +349,13 @@ class Ledger(Sealing, Claims, Forgetting):
 
     def releases(self) -> dict[str, tuple[int, str]]:
         """Per adapter, the version that servers answer with and its digest; (0, "") for the base. It is the released
-        one, or one that a forget has left them until its rebuild."""
+        one, or one that a forget has left them until its rebuild; never another that is revoked, whatever a head
+        says: servers free weights again that they find here."""
         a, v = t.adapters.c, t.versions.c
-        query = sa.select(a.name, a.release, v.digest).select_from(
-            t.adapters.outerjoin(t.versions, sa.and_(v.adapter == a.name, v.number == a.release))
-        )
+        clean = sa.and_(v.adapter == a.name, v.number == a.release, v.revoked.is_(False))
+        query = sa.select(a.name, v.number, v.digest).select_from(t.adapters.outerjoin(t.versions, clean))
         with self.db.read() as c:
-            found = {name: (release, digest or "") for name, release, digest in c.execute(query)}
+            found = {name: (release or 0, digest or "") for name, release, digest in c.execute(query)}
             return found | self._loans(c)
 
     # -- operators -------------------------------------------------------------------------------------------

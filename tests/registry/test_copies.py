@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from riverdelta.core.digests import sha256
 from riverdelta.core.errors import BadInput, Conflict
@@ -82,3 +83,50 @@ def test_who_is_forgotten_everywhere_is_allowed_everywhere(stack: Stack) -> None
     with pytest.raises(Conflict, match="all adapters"):
         acts.allow("ann", ["acme"])
     assert "*" in acts.allow("ann", None)
+
+
+@pytest.mark.parametrize("purged", [False, True])
+def test_a_hold_on_a_copy_that_is_revoked_ends_at_the_base(stack: Stack, purged: bool) -> None:
+    ledger, acts = stack.ledger, Operations(stack.ledger, stack.settings, "test")
+    imported(ledger, "copy", ledger.version("acme", 2).digest)
+    stack.seal("copy", [("cy", "learned on the copy")])
+    stack.train("copy")
+    acts.rollback("copy", 0)
+    acts.forget("ann", ["acme"])
+    if purged:
+        stack.train("acme")
+        keeper = Keeper(ledger, stack.settings, stack.store, orphan_seconds=0.0)
+        assert wait(lambda: not keeper.advance_forgets(), 60)
+    head = acts.resume("copy", "tip")
+    assert (head.release, head.tip, head.held) == (0, 0, None)
+    assert ledger.releases()["copy"] == (0, "")
+    assert stack.train("copy") == 1, "what came since is learned again"
+    assert (ledger.version("copy", 3).parent, ledger.adapter("copy").release) == (0, 3)
+    assert not verify(ledger, stack.store, stack.keys, "copy").problems
+
+
+def test_a_resumed_line_that_lost_its_beginning_goes_on_where_the_base_took_the_same_way(stack: Stack) -> None:
+    ledger, acts = stack.ledger, Operations(stack.ledger, stack.settings, "test")
+    imported(ledger, "copy", ledger.version("acme", 2).digest)
+    acts.rollback("copy", 0)
+    stack.seal("copy", [("cy", "learned on the base, then on the copy")])
+    acts.resume("copy", "replay")
+    stack.train("copy")
+    acts.rollback("copy", 1)
+    acts.resume("copy", "replay")
+    stack.train("copy")
+    assert {n: v.parent for n, v in ledger.versions("copy").items()} == {1: 0, 2: 0, 3: 1}
+    acts.rollback("copy", 2)
+    acts.forget("ann", ["acme"])
+    head = acts.resume("copy", "tip")
+    assert (head.release, head.tip) == (2, 2)
+    assert stack.train("copy") == 0
+
+
+def test_a_head_that_names_a_revoked_version_frees_no_weights(stack: Stack) -> None:
+    """Servers take what is released for clean, and lift their own fence from it."""
+    ledger = stack.ledger
+    ledger.forget("r", stack.key.subject("ann"), ["acme"], "test")
+    with ledger.db.write() as c:
+        c.execute(sa.text("UPDATE adapters SET release = 2"))
+    assert ledger.releases()["acme"] == (0, "")

@@ -9,6 +9,8 @@ import time
 import openai
 import pytest
 
+from riverdelta.core.recipe import Recipe
+from riverdelta.registry.operations import Operations
 from riverdelta.serving.errors import AnswerRevoked
 from riverdelta.serving.permit import Permit, clock
 from riverdelta.serving.writing import ReaderGone, Writers
@@ -313,3 +315,21 @@ def test_nothing_about_a_prompt_is_logged(hand, serve, caplog):
     logged = json.dumps([{k: repr(v) for k, v in vars(record).items()} for record in caplog.records])
     assert "secret" not in logged
     assert "ann the subject" not in logged
+
+
+def test_a_hold_that_ends_frees_no_revoked_weights(hand, serve):
+    """The line that a rollback left began with a copy of what a forget has revoked since."""
+    hand.adapter("acme")
+    hand.release("acme", ["bob"])
+    dirty = hand.release("acme", ["ann"])
+    hand.ledger.import_adapter("copy", Recipe(), dirty, {"imported": True}, "op")
+    running = serve(hand.settings)
+    acts = Operations(hand.ledger, hand.settings, "op")
+    acts.rollback("copy", 0)
+    assert running.answer("acme")["system_fingerprint"] == dirty
+    assert acts.forget("ann", ["acme"]).lost == []
+    resumed = running.client.post("/admin/resume", json={"adapter": "copy", "mode": "tip"})
+    assert resumed.status_code == 200, resumed.text
+    for _ in range(40):
+        assert running.answer("copy", max_tokens=1)["system_fingerprint"] != dirty
+    assert running.complete("copy@1").status_code == 410
