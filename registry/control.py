@@ -1,8 +1,9 @@
 """The control topic: forget and allow by message, for those whom the cluster lets write there.
 
 Messages are JSON: {"id", "action": "forget" | "allow", "subject", "adapter" or "all_adapters": true, "reason"}, and for
-a forget "serve_until_rebuilt". An id acts once. An offset is recorded once its act is durable, so that a crash repeats
-a message and never skips one.
+a forget "serve_until_rebuilt". An id acts once. Nobody waits for an answer: a forget of an adapter that the dataflow is
+still to make is kept for then. An offset is recorded once its act is durable, so that a crash repeats a message and
+never skips one.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from riverdelta.core.errors import BadInput, Conflict, RiverdeltaError, Unavailable
+from riverdelta.core.errors import BadInput, Conflict, Corrupt, RiverdeltaError
 from riverdelta.core.names import ADAPTER
 from riverdelta.core.settings import Settings
 
@@ -84,20 +85,23 @@ class Control:
         self._acts = Operations(ledger, settings, "control", wakeups, self._keys)
 
     def run(self) -> None:
-        """Follow the topic. What cannot be done now (broker or ledger away) is tried again, in order."""
+        """Follow the topic. What cannot be done now (broker or ledger away, another subject key) is tried again, in
+        order."""
         from kafka.errors import KafkaError
 
         if not self._settings.kafka.bootstrap:
             log.warning("no Kafka is known: nobody hears %s", self._topic)
             return
-        told = False
+        told = ""
         while not self._stop.is_set():
             try:
                 self._follow()
-                told = False
-            except (KafkaError, OSError, Unavailable) as error:
-                log.log(logging.DEBUG if told else logging.WARNING, "not hearing %s: %s", self._topic, error)
-                told = True
+                told = ""
+            except (KafkaError, OSError, RiverdeltaError) as error:
+                level = logging.ERROR if isinstance(error, Corrupt) else logging.WARNING
+                what = type(error).__name__
+                log.log(logging.DEBUG if told == what else level, "not hearing %s: %s", self._topic, error)
+                told = what
             except Exception:  # a bug must not leave requests to forget unheard for good
                 log.exception("following %s failed; beginning again", self._topic)
             self._stop.wait(_RETRY_SECONDS)
@@ -137,7 +141,7 @@ class Control:
         return f"{topic['topic_id']}", [] if topic["error_code"] else numbers
 
     def _act(self, record: Any, incarnation: str) -> None:
-        """Carry out one record; what can never be carried out is logged and passed over."""
+        """Carry out one record; what can never be carried out, whatever comes, is logged and passed over."""
         where = {"topic": record.topic, "incarnation": incarnation, "partition": record.partition}
         where["offset"] = record.offset
         try:
@@ -153,9 +157,7 @@ class Control:
             else:
                 self._acts.allow(*about)
             log.info("%s by message", message.action, extra={"request": request, **where})
-        except Unavailable:
-            raise
-        except RiverdeltaError as error:
+        except (BadInput, Conflict) as error:
             log.error("control message passed over: %s", error, extra=where)
 
     def _forget(self, about: tuple[str, list[str] | None, str, str], until: float, where: dict[str, Any]) -> None:
@@ -167,5 +169,7 @@ class Control:
             place = f"{where['incarnation']}/{where['partition']}/{where['offset']}"
             begun = self._acts.fence(*about[:3], place, until, where)
             log.warning("the id was another forget's", extra={"request": place, **where})
+        if missing := [name for name, epoch in begun.adapters.items() if not epoch]:
+            log.warning("there is no adapter %s yet: it will begin without the subject", *missing, extra=where)
         if begun.stage is Stage.PURGED:  # asked for again: nobody else removes this message
             delete_request(self._settings, where)

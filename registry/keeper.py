@@ -15,7 +15,7 @@ from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import set_up_logs
 
 from . import contents
-from .belonging import key_store
+from .belonging import key_store, subject_key
 from .control import Control
 from .ledger import Forget, Lease, Ledger, Stage
 from .mlflow_projection import Projection
@@ -58,13 +58,14 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
 def _keep(ledger: Ledger, settings: Settings, stop: threading.Event) -> None:
     import sqlalchemy.orm  # noqa: F401 - MLflow's thread imports it, and statements made meanwhile see it by halves
 
+    subject_key(ledger, settings)  # with other keys no request may be heard
+    keeper = Keeper(ledger, settings, ObjectStore(settings.store_url))
     wakeups = Wakeups(settings)
     moved = threading.Event()
     wakeups.listen(settings.topics.releases, moved)
     control = threading.Thread(target=Control(ledger, settings, wakeups, stop).run, name="control", daemon=True)
     control.start()
     holder = new_holder("registry")
-    keeper = Keeper(ledger, settings, ObjectStore(settings.store_url))
     showing = threading.Thread(target=lambda: _show(keeper, settings, stop, moved), name="mlflow", daemon=True)
     showing.start()
     log.info("Keeping %s", settings.data)

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from riverdelta.core.errors import BadInput, Conflict, NotFound, Unavailable
+from riverdelta.core.errors import BadInput, Conflict, Corrupt, NotFound, Unavailable
 from riverdelta.core.names import subject_name
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
@@ -169,9 +169,13 @@ class Operations:
         asked: Mapping[str, Any] | None = None,
     ) -> Forget:
         """The forget's transaction and the deletion of keys: durable, and followed up by the keeper. `asked` says where
-        a message that asked for it lies."""
+        a message that asked for it lies: nobody is there to be told that an adapter does not exist, so the subject is
+        suppressed for when it does."""
         begun = self._begin(subject, adapters, reason, request, asked, serve_until_rebuilt)
-        self._erase(begun)
+        try:
+            self._erase(begun)
+        except Corrupt as error:  # one damaged key must not keep the requests of others waiting
+            log.error("The keeper is to delete the keys: %s", error, extra={"request": begun.id})
         return begun
 
     def allow(self, subject: str, adapters: Sequence[str] | None, reason: str = "", request: str = "") -> list[str]:
@@ -214,7 +218,8 @@ class Operations:
             raise BadInput("To serve until rebuilt has an end within a year.", "Give seconds, 0 to 31536000.")
         until = later(now(), serve_until_rebuilt) if serve_until_rebuilt else ""
         reason = _line(_without(reason, subject))
-        begun = self._ledger.forget(request, hashed, adapters, self._actor, reason, asked, until)
+        ahead = asked is not None
+        begun = self._ledger.forget(request, hashed, adapters, self._actor, reason, asked, until, ahead)
         self._wake(begun.adapters)
         return begun
 

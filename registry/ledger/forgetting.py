@@ -48,6 +48,7 @@ class Forgetting(Lending):
         reason: str = "",
         asked: Mapping[str, Any] | None = None,
         until: str = "",
+        ahead: bool = False,
     ) -> Forget:
         """The fence: suppress, raise epochs, revoke, move releases, all in one transaction.
 
@@ -55,7 +56,8 @@ class Forgetting(Lending):
         learned from text that a version revoked here wrote. `asked` says where a message that asked for it lies (topic,
         incarnation, partition, offset). With `until`, servers answer with the releases that they have until their
         rebuild, or that time at the latest. A request id seen before changes nothing and gives the procedure as it
-        stands; `Conflict` where that was about somebody else, or did not name all of these adapters.
+        stands; `Conflict` where that was about somebody else, or did not name all of these adapters. An adapter that
+        does not exist is `NotFound`; `ahead` suppresses by its name, for when it is made.
         """
         if not request or len(request) > 128 or not request.isprintable():
             raise BadInput(
@@ -70,10 +72,10 @@ class Forgetting(Lending):
             held = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request)).first()
             if held is not None:
                 return self._again(c, _the_same(forget_of(held), subject, adapters), asked)
-            heads = self._heads(c, adapters)
+            heads = self._heads(c, adapters, missing=ahead)
             reaches, writers = self._reach(c, subject, heads)
             lent = self._lend(c, reaches, bool(until))
-            heads = self._heads(c, adapters)  # calling loans in moves heads
+            heads = self._heads(c, adapters, missing=ahead)  # calling loans in moves heads
             about = {"request": request, "subject": subject, **({"until": until} if lent else {})}
             doomed = []
             for name, reach in sorted(reaches.items()):
@@ -87,8 +89,8 @@ class Forgetting(Lending):
                 c, [(head, decisions.decide_forget(head, {}, (), (), nothing)) for head in spared], actor, reason
             )
             reached = [*spared, *(reach.head for reach in reaches.values())]
-            epochs = {head.name: head.epoch + 1 for head in sorted(reached, key=lambda head: head.name)}
-            for name in heads if adapters is not None else [EVERYWHERE]:
+            epochs = dict.fromkeys(adapters or (), 0) | {head.name: head.epoch + 1 for head in reached}
+            for name in sorted(set(adapters)) if adapters is not None else [EVERYWHERE]:
                 self._suppress(c, name, subject)
             digests = {digest for part in doomed for digest in part["digests"]}
             digests = self._only_revoked(c, digests) - {digest for _, digest in lent.values()}
@@ -98,7 +100,7 @@ class Forgetting(Lending):
                 request,
                 subject,
                 adapters is None,
-                epochs,
+                dict(sorted(epochs.items())),
                 fence,
                 Stage.LENDING if lent else Stage.FENCED,
                 at,
@@ -137,10 +139,11 @@ class Forgetting(Lending):
                 reach.head = self._adapter(c, name, lock=True)
         return {}
 
-    def _heads(self, c: sa.Connection, names: Sequence[str] | None) -> dict[str, AdapterRecord]:
-        """The heads of these adapters (None: of all), by name."""
-        if names is None:
-            return {row.name: adapter_of(row) for row in c.execute(sa.select(t.adapters).order_by(t.adapters.c.name))}
+    def _heads(self, c: sa.Connection, names: Sequence[str] | None, missing: bool = False) -> dict[str, AdapterRecord]:
+        """The heads of these adapters (None: of all), by name. Some may be `missing`: they are left out."""
+        if names is None or missing:
+            rows = c.execute(sa.select(t.adapters).order_by(t.adapters.c.name))
+            return {row.name: adapter_of(row) for row in rows if names is None or row.name in names}
         return {name: self._adapter(c, name, lock=True) for name in sorted(set(names))}
 
     def _reach(self, c: sa.Connection, subject: str, names: Collection[str]) -> tuple[dict[str, _Reach], set[str]]:
@@ -263,7 +266,7 @@ class Forgetting(Lending):
             lifted = sorted(held if adapters is None else held & set(adapters))
             for chunk in chunks(lifted):
                 c.execute(t.suppressions.delete().where(s.subject == subject, s.adapter.in_(chunk)))
-            heads = self._heads(c, None if EVERYWHERE in lifted else lifted).values()
+            heads = self._heads(c, None if EVERYWHERE in lifted else lifted, missing=True).values()
             facts = [("allow", {"subject": subject, "index": head.next_index}) for head in heads]
             changes = [(head, Change(head, (fact,))) for head, fact in zip(heads, facts, strict=True)]
             self._apply_all(c, changes, actor, reason)

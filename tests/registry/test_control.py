@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
-from riverdelta.core.errors import BadInput
+from riverdelta.core.errors import BadInput, Corrupt
+from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Kafka, Settings
+from riverdelta.registry.belonging import key_store, subject_key
 from riverdelta.registry.control import Control, Message
+from riverdelta.registry.keeper import Keeper, run
 from riverdelta.registry.ledger import Stage
+from riverdelta.registry.verify import verify
 from riverdelta.registry.wakeups import Wakeups
 from tests.registry.stack import Stack, two_versions
 
@@ -97,3 +101,80 @@ def test_a_message_that_asks_again_for_what_is_done_is_removed(stack: Stack, mon
     stack.ledger.advance("1", Stage.PURGED, {}, "keeper")
     say(control, ASKED, offset=3)
     assert removed == [3]
+
+
+def test_a_forget_ahead_of_its_adapter_is_kept(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The subject's events may be in Kafka already, and the dataflow a moment behind."""
+    monkeypatch.setattr("riverdelta.registry.purge.delete_request", lambda *_: True)
+    control, ledger = Control(stack.ledger, stack.settings, Wakeups(stack.settings), threading.Event()), stack.ledger
+    say(control, {**ASKED, "adapter": "later"})
+    say(control, {**ASKED, "adapter": "later"}, offset=1)
+    [held] = ledger.forgets()
+    assert held.adapters == {"later": 0}
+    assert not ledger.suppressed("acme")
+    keeper = Keeper(ledger, Settings(data=stack.settings.data), stack.store, orphan_seconds=0.0)
+    while keeper.advance_forgets():
+        pass
+    ledger.create("later", Recipe(), "stream")
+    stack.seal("later", [("ann", "canary"), ("bob", "kept")])
+    assert [entry.tombstone for entry in ledger.manifest("later", 1).entries] == [True, False]
+    assert verify(ledger, stack.store, stack.keys, "later").problems == ()
+
+    say(control, {**ASKED, "id": "2", "adapter": "even-later"}, offset=2)
+    say(control, {**ASKED, "id": "3", "action": "allow", "adapter": "even-later"}, offset=3)
+    assert not ledger.suppressed("even-later")
+
+
+def test_a_request_waits_while_the_subject_key_is_not_there(stack: Stack) -> None:
+    control = Control(stack.ledger, stack.settings, Wakeups(stack.settings), threading.Event())
+    say(control, {**ASKED, "subject": "bob"})
+    key, away = stack.settings.keys_dir / "subjects.key", stack.settings.keys_dir / "away"
+    key.rename(away)
+    with pytest.raises(Corrupt):
+        say(control, {**ASKED, "id": "2"}, offset=1)
+    away.replace(key)
+    say(control, {**ASKED, "id": "2"}, offset=1)
+    assert [each.id for each in stack.ledger.forgets()] == ["1", "2"]
+
+
+def test_a_damaged_key_of_one_subject_keeps_no_other_request_waiting(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def erase(*_: Any) -> None:
+        raise Corrupt("The key store's row is not what was written.", "Restore it.")
+
+    monkeypatch.setattr("riverdelta.registry.contents.erase", erase)
+    control = Control(stack.ledger, stack.settings, Wakeups(stack.settings), threading.Event())
+    say(control, ASKED)
+    assert [each.stage for each in stack.ledger.forgets()] == [Stage.FENCED]
+
+
+def test_what_is_wrong_with_the_keys_is_told_and_tried_again(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop = threading.Event()
+    followed: list[int] = []
+
+    def follow(_: Control) -> None:
+        followed.append(1)
+        if len(followed) == 3:
+            stop.set()
+        raise Corrupt("The subject key is another one.", "Restore the key file.")
+
+    monkeypatch.setattr(Control, "_follow", follow)
+    monkeypatch.setattr("riverdelta.registry.control._RETRY_SECONDS", 0.01)
+    Control(stack.ledger, stack.settings, Wakeups(stack.settings), stop).run()
+    assert len(followed) == 3
+    assert [record.levelname for record in caplog.records if "subject key" in record.getMessage()] == ["ERROR"]
+
+
+@pytest.mark.parametrize("name", ["subjects.key", "contents.key"])
+def test_no_keeper_hears_requests_with_other_keys(stack: Stack, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    heard: list[int] = []
+    monkeypatch.setattr(Control, "run", lambda _: heard.append(1))
+    subject_key(stack.ledger, stack.settings)
+    key_store(stack.ledger, stack.settings).close()
+    (stack.settings.keys_dir / name).write_bytes(bytes(32))
+    with pytest.raises(Corrupt):
+        run(stack.settings, threading.Event())
+    assert not heard
