@@ -251,16 +251,16 @@ class Worker:
         return begin(self._base, self._ledger, self._store, self._keys, work, self._fingerprint)
 
     def _key(self, work: Work) -> str:
-        """Names an increment by everything that shapes it; an epoch stands for its tombstones."""
+        """Names an increment by everything that shapes it: steps that were kept under another name are not its own."""
         parent = work.parent
         return digest_of(
             [
                 work.adapter.name,
                 work.adapter.seed,
                 work.adapter.recipe_digest,
-                work.adapter.epoch,
                 work.segment.number,
                 work.segment.hand,
+                work.learns,
                 [parent.number, parent.digest, parent.state] if parent else None,
                 self._fingerprint,
             ]

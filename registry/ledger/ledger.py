@@ -1,13 +1,13 @@
 """The ledger: one ordered history of facts about each adapter, and the only place where an adapter's head moves."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import sqlalchemy as sa
 
-from riverdelta.core.digests import seed_of
+from riverdelta.core.digests import digest_of, seed_of
 from riverdelta.core.errors import Conflict, NotFound, Refused
 from riverdelta.core.names import check_adapter
 from riverdelta.core.recipe import Recipe
@@ -17,7 +17,7 @@ from . import decisions
 from . import tables as t
 from .claims import Claims
 from .database import Database, upsert
-from .decisions import Change
+from .decisions import Change, Line
 from .forgetting import Forgetting
 from .records import AdapterRecord, Cause, Fact, Gap, Hand, Manifest, Outcome, PartRecord, SegmentRecord, VersionRecord
 from .retention import decide_retention
@@ -48,12 +48,13 @@ _MOVE_POSITIONS = upsert(t.positions, "next_offset")
 
 @dataclass(frozen=True)
 class Work:
-    """The next increment of an adapter: train `segment` on `parent` (None is the base) at `epoch`. `token` is that of
-    the claim under which it is done."""
+    """The next increment of an adapter: train `segment` on `parent` (None is the base) at `epoch`. `learns` names what
+    it may learn from. `token` is that of the claim under which it is done."""
 
     adapter: AdapterRecord
     segment: SegmentRecord
     parent: VersionRecord | None
+    learns: str = ""
     token: int = 0
 
 
@@ -230,9 +231,20 @@ class Ledger(Sealing, Claims, Forgetting):
             number = self._first_awaiting(c, adapter)
             if number is None:
                 return None
-            head = self._adapter(c, adapter)
-            parent = self._versions(c, adapter)[head.tip] if head.tip else None
-            return Work(head, self._segment(c, adapter, number), parent)
+            head, versions = self._adapter(c, adapter), self._versions(c, adapter)
+            learned = Line.of(versions, head.tip).trained.keys()
+            learns = self._name_of(c, adapter, {*learned, number})
+            return Work(head, self._segment(c, adapter, number), versions[head.tip] if head.tip else None, learns)
+
+    def _name_of(self, c: sa.Connection, adapter: str, segments: Collection[int]) -> str:
+        """Names what these segments hold now. No two sealings have the same root, as every entry has a salt; which
+        entries have become tombstones since follows from the journal up to its last forget. Numbers and the epoch would
+        not do: they come again in a ledger that was restored."""
+        f, s = t.facts.c, t.segments.c
+        forgets = sa.select(f.chain).where(f.adapter == adapter, f.kind == "forget").order_by(f.seq.desc()).limit(1)
+        sealed = sa.select(s.number, s.root).where(s.adapter == adapter).order_by(s.number)
+        roots = [root for number, root in c.execute(sealed) if number in segments]
+        return digest_of([c.execute(forgets).scalar(), roots])
 
     def commit(self, increment: Increment, actor: str, look: Callable[[], None] | None = None) -> VersionRecord:
         """Make a candidate the adapter's next version and, unless the gate withholds it, its release; `StaleEpoch` or
