@@ -27,7 +27,7 @@ from riverdelta.core.times import later, now
 from . import certificate, contents
 from .belonging import KeptOpen, key_store, subject_key
 from .ledger import AdapterRecord, Forget, Hand, Lease, Ledger, Mode, Stage
-from .ledger.forgetting import EVERYWHERE
+from .ledger.journal import EVERYWHERE
 from .mlflow_projection import Projection, ask_for_repair
 from .wakeups import Wakeups
 

@@ -1,8 +1,8 @@
 """Verify: is what the ledger and the store hold what was written?"""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from riverdelta.core import merkle, payload
 from riverdelta.core.digests import canonical_json, sha256
@@ -11,8 +11,11 @@ from riverdelta.core.store import ObjectStore, state_key, weights_key
 
 from . import contents
 from .keystore import KeyStore
-from .ledger import AdapterRecord, Fact, Ledger, SegmentRecord, VersionRecord
+from .ledger import AdapterRecord, Fact, Ledger, Manifest, SegmentRecord, VersionRecord
 from .ledger.journal import chained
+from .ledger.view import View
+
+Said = TypeVar("Said")
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,27 @@ class Verified:
 
 
 def verify(ledger: Ledger, store: ObjectStore, keys: KeyStore, adapter: str) -> Verified:
-    """Check an adapter's journal, and by it head, versions, suppressions and manifests; payloads, keys and unpurged
-    versions."""
-    head, known = ledger.adapter(adapter), ledger.versions(adapter)
-    facts = [fact for fact in ledger.facts(adapter) if fact.seq <= head.head]  # others may be writing meanwhile
-    segments = ledger.segments(adapter)
-    versions = [version for version in known.values() if not version.purged]
-    problems = []
+    """Check an adapter's journal, and by it head, versions, suppressions and manifests; payloads, keys and the files of
+    versions that may be released.
+
+    Others may write meanwhile. What the ledger says is read as of one moment. What the stores hold is compared with
+    what the ledger says now, and is wrong only if the ledger, asked again, still says the same.
+    """
+    with ledger.view(adapter) as seen:
+        problems, damaged, segments = _check_ledger(seen)
+    for number in segments:
+        if number not in damaged:
+            problems += _check_contents(ledger, store, keys, adapter, number)
+    versions = [version.number for version in seen.versions.values() if version.usable]
+    for number in versions:
+        problems += _check_files(ledger, store, adapter, number)
+    return Verified(adapter, len(seen.facts), len(segments), len(versions), tuple(problems))
+
+
+def _check_ledger(seen: View) -> tuple[list[str], set[int], list[int]]:
+    """What does not go together of what the ledger says, the segments that are concerned, and all that there are."""
+    head, facts, known = seen.head, seen.facts, seen.versions
+    problems, damaged, segments = list[str](), set[int](), list[int]()
     try:
         check_chain(facts)
     except Corrupt as error:
@@ -43,29 +60,25 @@ def verify(ledger: Ledger, store: ObjectStore, keys: KeyStore, adapter: str) -> 
     for what, number in (("release", head.release), ("tip", head.tip)):
         if number and (number not in known or known[number].revoked):
             problems.append(f"The {what} is version {number}, which is revoked or not there.")
-    problems += _check_release(head, facts)
-    problems += _check_versions(head, known, facts)
-    problems += _check_suppressions(ledger, head, facts)
+    problems += [*_check_release(head, facts), *_check_versions(known, facts), *_check_suppressions(seen)]
     sealed = {fact.body["segment"]: fact.body for fact in facts if fact.kind == "sealed"}
-    settled = not ledger.forgets(unfinished=True)
     following = tombstones = 0
-    for segment in segments:
+    for segment, packed in seen.segments:
+        segments.append(segment.number)
         if segment.first != following:
             problems.append(f"Segment {segment.number} begins at index {segment.first}, not {following}.")
         following = segment.first + segment.count
         try:
-            tombstones += _check_segment(ledger, store, keys, segment, sealed.get(segment.number, {}), settled)
-        except (Corrupt, NotFound, Unsupported) as error:
+            tombstones += _check_manifest(segment, packed, sealed.get(segment.number, {}))
+        except Corrupt as error:
             problems.append(f"Segment {segment.number}: {error.message}")
+            damaged.add(segment.number)
+    problems += [f"Segment {number} is not there." for number in sorted(sealed.keys() - set(segments))]
     told = sum(body["tombstones"] for body in sealed.values())
     told += sum(fact.body["entries"] for fact in facts if fact.kind == "forget")
-    if settled and not problems and tombstones != told:
+    if not problems and tombstones != told:
         problems.append(f"The manifests have {tombstones} tombstones; the journal says {told}.")
-    for version in versions:
-        for key, digest in ((weights_key(version.digest), version.digest), (state_key(version.state), version.state)):
-            if digest:
-                problems += [f"Version {version.number}: {problem}" for problem in _check_object(store, key, digest)]
-    return Verified(adapter, len(facts), len(segments), len(versions), tuple(problems))
+    return problems, damaged, segments
 
 
 def _check_release(head: AdapterRecord, facts: Sequence[Fact]) -> list[str]:
@@ -73,12 +86,12 @@ def _check_release(head: AdapterRecord, facts: Sequence[Fact]) -> list[str]:
     return [] if release == head.release else [f"The release is {head.release}; the journal says {release}."]
 
 
-def _check_versions(head: AdapterRecord, known: Mapping[int, VersionRecord], facts: Sequence[Fact]) -> list[str]:
+def _check_versions(known: Mapping[int, VersionRecord], facts: Sequence[Fact]) -> list[str]:
     """What the ledger says of versions otherwise than the lines that made and revoked them."""
     made = {fact.body["version"]: fact.body for fact in facts if fact.kind in ("increment", "imported")}
     revoked = {number for fact in facts if fact.kind == "forget" for number in fact.body["revoked"]}
     problems = []
-    for number in sorted(made.keys() | {number for number in known if number < head.next_version}):
+    for number in sorted(made.keys() | known.keys()):
         version, said = known.get(number), made.get(number)
         if version is None or said is None:
             problems.append(f"Version {number} is {'not there' if version is None else 'not in the journal'}.")
@@ -97,39 +110,74 @@ def _check_versions(head: AdapterRecord, known: Mapping[int, VersionRecord], fac
     return problems
 
 
-def _check_suppressions(ledger: Ledger, head: AdapterRecord, facts: Sequence[Fact]) -> list[str]:
+def _check_suppressions(seen: View) -> list[str]:
     """The subjects that the journal says are forgotten, and that would be learned from again."""
     since: dict[str, int] = {}
-    suppressed = ledger.suppressed(head.name)
-    for fact in [*facts, *ledger.facts(head.name, after=head.head)]:  # what was allowed meanwhile is suppressed no more
+    for fact in seen.facts:
         if fact.kind == "allow":
             since.pop(fact.body["subject"], None)
-        elif fact.kind == "forget" and fact.seq <= head.head and not fact.body.get("drawn_in"):
+        elif fact.kind == "forget" and not fact.body.get("drawn_in"):
             since.setdefault(fact.body["subject"], fact.seq)
     return [
         f"The subject {subject[:12]}… is not suppressed; fact {seq} of the journal says it is."
         for subject, seq in since.items()
-        if subject not in suppressed
+        if subject not in seen.suppressed
     ]
 
 
-def _check_segment(
-    ledger: Ledger, store: ObjectStore, keys: KeyStore, segment: SegmentRecord, sealed: dict[str, Any], settled: bool
-) -> int:
+def _check_manifest(segment: SegmentRecord, packed: bytes, sealed: Mapping[str, Any]) -> int:
     """How many tombstones a segment has; `Corrupt` names what is not as the journal says it was sealed."""
-    manifest = ledger.manifest(segment.adapter, segment.number)
+    manifest = Manifest.unpack(packed)
     if manifest.digest != sealed.get("manifest"):
         raise Corrupt("its manifest is not what was sealed.")
     if merkle.root(manifest.commitments).hex() != segment.root or segment.root != sealed.get("root"):
         raise Corrupt("its root is not that of its entries' commitments.")
-    live = [not entry.tombstone for entry in manifest.entries]
-    if segment.dropped:
-        return live.count(False)
-    contents.read_openings(store, keys, segment, manifest)
-    held = keys.get(segment.keyring)
-    if settled and payload.without_keys(held, [entry.mentions for entry in manifest.entries], live) != held:
-        raise Corrupt("the key store still holds a key that only erased entries had.")
-    return live.count(False)
+    return sum(entry.tombstone for entry in manifest.entries)
+
+
+def _check_contents(ledger: Ledger, store: ObjectStore, keys: KeyStore, adapter: str, number: int) -> list[str]:
+    """What is wrong with a segment's payload and keys."""
+
+    def now() -> tuple[SegmentRecord, Manifest, bool]:
+        # Keys go a little after the fence: as long as a forget is under way they may be there still.
+        settled = not ledger.forgets(unfinished=True)
+        return ledger.segment(adapter, number), ledger.manifest(adapter, number), settled
+
+    def check(segment: SegmentRecord, manifest: Manifest, settled: bool) -> list[str]:
+        if segment.dropped:
+            return []
+        try:
+            contents.read_openings(store, keys, segment, manifest)
+            held = keys.get(segment.keyring)
+            live = [not entry.tombstone for entry in manifest.entries]
+            if settled and payload.without_keys(held, [entry.mentions for entry in manifest.entries], live) != held:
+                raise Corrupt("the key store still holds a key that only erased entries had.")
+        except (Corrupt, NotFound, Unsupported) as error:
+            return [f"Segment {number}: {error.message}"]
+        return []
+
+    return _lasting(now, lambda said: check(*said))
+
+
+def _check_files(ledger: Ledger, store: ObjectStore, adapter: str, number: int) -> list[str]:
+    """What is wrong with the files of a version. Once it is revoked they may go at any time."""
+
+    def check(version: VersionRecord) -> list[str]:
+        if not version.usable:
+            return []
+        named = ((weights_key(version.digest), version.digest), (state_key(version.state), version.state))
+        problems = [problem for key, digest in named if digest for problem in _check_object(store, key, digest)]
+        return [f"Version {number}: {problem}" for problem in problems]
+
+    return _lasting(lambda: ledger.version(adapter, number), check)
+
+
+def _lasting(now: Callable[[], Said], check: Callable[[Said], list[str]]) -> list[str]:
+    """The problems that are found with what the ledger says, and says still once they have been found."""
+    said = now()
+    while (problems := check(said)) and (still := now()) != said:
+        said = still
+    return problems
 
 
 def _check_object(store: ObjectStore, key: str, digest: str) -> list[str]:

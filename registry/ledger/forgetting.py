@@ -14,12 +14,11 @@ from riverdelta.core.times import now
 from . import decisions
 from . import tables as t
 from .decisions import Change, Versions
-from .journal import chunks
+from .journal import EVERYWHERE, chunks
 from .lending import Lending
 from .records import AdapterRecord, Forget, Outcome, Stage
 from .rows import adapter_of, forget_of
 
-EVERYWHERE = "*"
 _ORDER = list(Stage)
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -274,9 +273,8 @@ class Forgetting(Lending):
 
     def suppressed(self, adapter: str) -> frozenset[str]:
         """The keyed hashes of the subjects that an adapter must not learn from."""
-        s = t.suppressions.c
         with self.db.read() as c:
-            return frozenset(c.execute(sa.select(s.subject).where(s.adapter.in_((adapter, EVERYWHERE)))).scalars())
+            return self._suppressed(c, adapter)
 
     def forgets(self, unfinished: bool = False) -> list[Forget]:
         """Forget procedures, oldest first."""

@@ -19,6 +19,8 @@ from .rows import adapter_of, segment_of, version_of
 T = TypeVar("T")
 
 
+EVERYWHERE = "*"
+"""In place of an adapter's name: all of them, those to come included."""
 _CHUNK = 500  # values in one IN list, rows in one set
 _MOVE_SEGMENTS = (
     t.segments.update()
@@ -195,6 +197,11 @@ class Journal:
             for digest, revoked, adapter, number in c.execute(query):
                 (held if revoked or number in dirty.get(adapter, ()) else clean).add(digest)
         return held - clean
+
+    def _suppressed(self, c: sa.Connection, adapter: str) -> frozenset[str]:
+        """The subjects that an adapter must not learn from."""
+        s = t.suppressions.c
+        return frozenset(c.execute(sa.select(s.subject).where(s.adapter.in_((adapter, EVERYWHERE)))).scalars())
 
     def _versions(self, c: sa.Connection, adapter: str) -> dict[int, VersionRecord]:
         rows = c.execute(sa.select(t.versions).where(t.versions.c.adapter == adapter))

@@ -23,6 +23,7 @@ from .records import AdapterRecord, Cause, Fact, Gap, Hand, Manifest, Outcome, P
 from .retention import decide_retention
 from .rows import adapter_of, fact_of, segment_of, version_of, version_row
 from .sealing import Sealing
+from .view import Views
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Work:
     token: int = 0
 
 
-class Ledger(Sealing, Claims, Forgetting):
+class Ledger(Sealing, Claims, Forgetting, Views):
     """Every fact about every adapter. Safe to use from several threads and processes."""
 
     @classmethod
