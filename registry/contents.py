@@ -1,5 +1,6 @@
 """Contents: the one way to write, read and erase what a segment's entries say, over payload and keys."""
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -7,6 +8,7 @@ from functools import partial
 import msgspec
 
 from riverdelta.core import merkle, payload
+from riverdelta.core.digests import sha256
 from riverdelta.core.errors import Corrupt, NotFound
 from riverdelta.core.store import ObjectStore
 
@@ -56,15 +58,56 @@ def read_openings(store: ObjectStore, keys: KeyStore, segment: SegmentRecord, ma
             f"{len(manifest.entries)}.",
             "Restore the ledger from a backup.",
         )
+    _, data, digest = find_payload(store, keys, segment, manifest)
+    return _decode(data, digest, keys, segment, manifest)
+
+
+def _decode(data: bytes, digest: str, keys: KeyStore, segment: SegmentRecord, manifest: Manifest) -> list[bytes | None]:
     return payload.decode(
-        store.get(segment.payload),
-        segment.payload_sha,
+        data,
+        digest,
         segment.keyring,
         [entry.mentions for entry in manifest.entries],
         [not entry.tombstone for entry in manifest.entries],
         keys.get(segment.keyring),
         manifest.leaves,
     )
+
+
+def find_payload(
+    store: ObjectStore, keys: KeyStore, segment: SegmentRecord, manifest: Manifest
+) -> tuple[str, bytes, str]:
+    """The key, bytes and SHA-256 of a segment's payload. Where the one that the ledger names is gone, as the ledger was
+    restored from before the purge that replaced it: another of the segment's that says what all live entries commit
+    to."""
+    try:
+        return segment.payload, store.get(segment.payload), segment.payload_sha
+    except NotFound as error:
+        for key in store.keys(home(segment.payload)):
+            try:
+                data = store.get(key)
+                _decode(data, sha256(data), keys, segment, manifest)
+            except (Corrupt, NotFound):
+                continue
+            return key, data, sha256(data)
+        raise NotFound(
+            error.message,
+            "If the ledger is from a backup, repeat the forgets made since; else restore the store.",
+        ) from error
+
+
+def home(payload_key: str) -> str:
+    """The folder of the payloads that take the place of a segment's first one, which lies beside it.
+
+    >>> home("segments/acme/0a.seg"), home("segments/acme/0a/1b.seg")
+    ('segments/acme/0a', 'segments/acme/0a')
+    """
+    return "/".join(payload_key.split("/")[:3]).removesuffix(".seg")
+
+
+def new_key(segment: SegmentRecord) -> str:
+    """A new key for a payload that takes the place of a segment's."""
+    return f"{home(segment.payload)}/{uuid.uuid4().hex}.seg"
 
 
 def erase(ledger: Ledger, keys: KeyStore, forget: Forget) -> None:

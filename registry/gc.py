@@ -8,6 +8,7 @@ from functools import partial
 
 from riverdelta.core.store import ObjectStore
 
+from .contents import home
 from .keystore import KeyStore
 from .ledger import Ledger
 
@@ -28,11 +29,13 @@ def unnamed(
     ledger: Ledger, store: ObjectStore, keys: KeyStore, but: Mapping[str, Mapping[str, list[int]]] | None = None
 ) -> dict[str, datetime]:
     """The objects and keys (`keys/NAME`) that no segment and no unpurged version names, each with the time of its
-    writing; as if, per adapter, `but` these `segments` and `versions`."""
+    writing; as if, per adapter, `but` these `segments` and `versions`. Not what may stand in for a named payload that
+    is gone."""
     written = {key: at for folder in FOLDERS for key, at in store.written(folder).items()}
     written |= {f"keys/{name}": datetime.fromtimestamp(at, UTC) for name, at in keys.written().items()}
     named = ledger.named_objects(but)  # read after listing: what was committed meanwhile is named by now
-    return {key: at for key, at in written.items() if key not in named}
+    lost = {home(key) for key in named - written.keys() if key.startswith("segments/")}
+    return {key: at for key, at in written.items() if key not in named and home(key) not in lost}
 
 
 def delete(store: ObjectStore, keys: KeyStore, name: str) -> None:

@@ -8,7 +8,6 @@ into the object store is taken for done, or signed.
 import json
 import logging
 import time
-import uuid
 from functools import partial
 from typing import Any
 
@@ -192,18 +191,22 @@ class Purge:
     def _rewrite(self, adapter: str, number: int) -> None:
         """Give a segment a payload without its tombstones' contents, unless it has one already, or none any more."""
         while not (segment := self._ledger.segment(adapter, number)).dropped:
-            live = [not entry.tombstone for entry in self._ledger.manifest(adapter, number).entries]
-            data, digest = payload.without(self._store.get(segment.payload), segment.payload_sha, live)
-            if digest == segment.payload_sha:
+            manifest = self._ledger.manifest(adapter, number)
+            live = [not entry.tombstone for entry in manifest.entries]
+            held, before, was = contents.find_payload(self._store, self._keys, segment, manifest)
+            data, digest = payload.without(before, was, live)
+            if held == segment.payload and digest == was:
                 return
-            key = f"segments/{adapter}/{uuid.uuid4()}.seg"
+            key = held if digest == was else contents.new_key(segment)
             self._store.put(key, data)
             try:
                 self._ledger.replace_payload(adapter, number, key, digest, replaces=segment.payload)
             except Conflict:  # another purge was faster: begin with what it left
-                self._store.delete(key)
+                if key != held:
+                    self._store.delete(key)
                 continue
-            self._store.delete(segment.payload)
+            for old in {held, segment.payload} - {key}:
+                self._store.delete(old)
             return
 
     def _delete_weights(self, forget: Forget) -> None:
