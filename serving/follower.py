@@ -108,12 +108,12 @@ class Follower:
         fence, now = pulse or self._ledger.pulse()
         moved, self._clock = now != self._clock, now
         self._dirty |= moved or woken
-        fenced = fence > (self._acked or 0)
-        if fenced:
+        acked = self._acked or 0
+        if fence > acked:
             with self._fleet.pause(_PAUSE_SECONDS):
                 self._carry_out()
                 self._renew()
-        elif clock() >= self._renew_at:
+        elif fence < acked or clock() >= self._renew_at:  # a ledger with fewer fences was restored: no renewal
             self._renew()
         if self._held and (self._permit.halted or self._due()):
             self._read()
@@ -128,6 +128,7 @@ class Follower:
         fence = self._ledger.take_lease(self.holder, "server", self._ttl)
         if self._acked is not None:
             log.info("took a new lease", extra={"holder": self.holder})
+            self._acked = 0  # the ledger may be an older one, restored: none of its fences counts as carried out
             self._carry_out()
         self._held = True
         self._acked = fence if self._acked is None else max(fence, self._acked)

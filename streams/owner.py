@@ -215,8 +215,9 @@ class Owner:
 
     def refresh(self, state: Admission) -> int:
         """Read an adapter's epoch and suppression list again, and erase what is open of them; how many entries."""
-        epoch = self._ledger.adapter(state.name).epoch
-        return state.suppress(self._ledger.suppressed(state.name), self._ledger.revoked_digests(), epoch)
+        head = self._ledger.adapter(state.name)
+        _check_not_restored(head.next_index, state)
+        return state.suppress(self._ledger.suppressed(state.name), self._ledger.revoked_digests(), head.epoch)
 
     def start_at(self, fence: int) -> None:
         """Under a lease just taken: read anew whatever is in memory; nothing else remains of the fences so far."""
@@ -241,7 +242,9 @@ class Owner:
         """Another worker has sealed for an adapter: read it again and keep what is still unsealed."""
         for bucket in self.buckets.values():
             if bucket.adapters.get(state.name) is state:
-                fresh = bucket.adapters[state.name] = self.load(state.name)
+                fresh = self.load(state.name)
+                _check_not_restored(fresh.next_index, state)
+                bucket.adapters[state.name] = fresh
                 kept = fresh.readmit(state)
                 bucket.busy[state.name] = fresh
                 log.warning(
@@ -279,3 +282,12 @@ class Owner:
                         message = "No interaction with this response came in time."
                         self.dead.append(DeadLetter(item.raw, item.where, item.offset, "unmatched", message))
         return gone
+
+
+def _check_not_restored(next_index: int, state: Admission) -> None:
+    """`Conflict` where a ledger has lost entries that it had sealed: they must be read again, so begin anew."""
+    if next_index < state.next_index:
+        raise Conflict(
+            f"The ledger has {next_index} entries of {state.name} after {state.next_index}: an older one was restored.",
+            "Start the dataflow again: it reads on from where that ledger stands.",
+        )

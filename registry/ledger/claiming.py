@@ -42,10 +42,11 @@ def decide_end(held: Claim | None, holder: str, token: int) -> Claim | None:
     return replace(held, holder="")
 
 
-def check_token(held: Claim | None, adapter: str, token: int) -> None:
-    """Refuse an outcome under any but the last token; an adapter that was never claimed has token 0."""
+def check_token(held: Claim | None, adapter: str, token: int, holder: str) -> None:
+    """Refuse an outcome under any but the last token, or under another's: a ledger that was restored gives tokens out
+    again. An adapter that was never claimed has token 0."""
     last = held.token if held else 0
-    if token != last:
+    if token != last or (held is not None and held.holder not in ("", holder)):
         raise Conflict(
             f"{adapter} was claimed by {held.holder or 'another trainer' if held else 'nobody'} since "
             f"(token {last}, not {token}).",

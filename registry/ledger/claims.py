@@ -60,9 +60,9 @@ class Claims(Journal):
             held, now = self._claims(c, adapters), self._clock(c)
         return [name for name in adapters if name not in held or not held[name].holder or held[name].expires <= now]
 
-    def _check_claim(self, c: sa.Connection, adapter: str, token: int) -> None:
-        """Under the adapter's lock: that the work was done under its last claim."""
-        check_token(self._claims(c, [adapter]).get(adapter), adapter, token)
+    def _check_claim(self, c: sa.Connection, adapter: str, token: int, holder: str) -> None:
+        """Under the adapter's lock: that the holder did the work under the adapter's last claim."""
+        check_token(self._claims(c, [adapter]).get(adapter), adapter, token, holder)
 
     def _claims(self, c: sa.Connection, adapters: Sequence[str]) -> dict[str, Claim]:
         found = {}

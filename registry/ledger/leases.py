@@ -3,6 +3,9 @@
 A lease is extended only for a holder that has carried out every fence there is. So once a fence is durable, each
 holder either acknowledges it or, after its lease's length on its own clock, stops by itself; whoever waits needs no
 clock but its own (the rule of Gray and Cheriton's leases, 1989, with the holder's clock started before it asks).
+
+A ledger that was restored from a backup counts fences from an earlier one again, so their numbers mean nothing to a
+holder from before: its lease is not renewed where the row is another than it wrote itself.
 """
 
 import time
@@ -15,6 +18,7 @@ from riverdelta.core.errors import NotFound
 from riverdelta.core.times import later, now
 
 from . import tables as t
+from .database import Database
 from .journal import Journal
 from .records import Lease
 from .rows import lease_of
@@ -41,34 +45,47 @@ class Fence:
 class Leases(Journal):
     """Leases and fences."""
 
+    def __init__(self, db: Database) -> None:
+        super().__init__(db)
+        # By holder, what its row may say of its last renewal: an answer can be lost on its way back.
+        self._terms: dict[str, set[str]] = {}
+
     def take_lease(self, holder: str, kind: str, ttl: float) -> int:
         """Take a lease of `ttl` seconds before reading anything; the last fence's number, all of which the
         holder has nothing left to do for. `kind` is `server`, `stream`, `trainer` or `registry`."""
         with self.db.write() as c:
             if not self.db.sqlite:
                 c.execute(sa.text("LOCK TABLE fences IN EXCLUSIVE MODE"))  # no fence may pass between look and lease
-            fence = self._last_fence(c)
+            fence, at = self._last_fence(c), now()
             c.execute(t.leases.delete().where(t.leases.c.holder == holder))
-            c.execute(t.leases.insert().values(holder=holder, kind=kind, ttl=ttl, acked=fence, renewed_at=now()))
+            c.execute(t.leases.insert().values(holder=holder, kind=kind, ttl=ttl, acked=fence, renewed_at=at))
+        self._terms[holder] = {at}
         return fence
 
     def renew_lease(self, holder: str, acked: int) -> int:
         """Acknowledge the fences up to `acked` and ask for another term: the number of the last fence.
 
         The term is granted only when the two are equal; otherwise carry out `fences(acked)` and ask again.
-        `NotFound` when the lease was given up for lost: drop everything, then take a new one.
+        `NotFound` when the lease was given up for lost, or this is no longer the ledger that it was taken in: drop
+        everything, then take a new one. Until then the row stays, so that a forget waits for the holder.
         """
+        h, at, terms = t.leases.c, now(), self._terms.get(holder, set())
         # An acknowledgement that a crash of the machine undoes only makes whoever waits for it wait longer.
         with self.db.write(durable=False) as c:
             fence = self._last_fence(c)
-            values = {"acked": acked} if acked < fence else {"acked": acked, "renewed_at": now()}
-            moved = c.execute(t.leases.update().where(t.leases.c.holder == holder).values(values))
-            if not moved.rowcount:
+            row = c.execute(sa.select(h.renewed_at).where(h.holder == holder).with_for_update()).first()
+            if row is None or acked > fence or (terms and row.renewed_at not in terms):
                 raise NotFound(f"{holder} holds no lease.", "Drop what was read under it and take a new one.")
+            values: dict[str, int | str] = {"acked": acked}
+            if acked == fence:
+                self._terms[holder] = {row.renewed_at, at}
+                values["renewed_at"] = at
+            c.execute(t.leases.update().where(h.holder == holder).values(values))
         return fence
 
     def drop_lease(self, holder: str) -> None:
         """Give a lease up; its holder has stopped."""
+        self._terms.pop(holder, None)
         with self.db.write() as c:
             c.execute(t.leases.delete().where(t.leases.c.holder == holder))
 

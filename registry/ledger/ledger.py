@@ -252,7 +252,7 @@ class Ledger(Sealing, Claims, Forgetting, Views):
         `Conflict` when the ledger has moved on since the work began. `look` is called last, as in `seal`."""
         with self.db.write() as c:
             adapter = self._adapter(c, increment.adapter, lock=True)
-            self._check_claim(c, adapter.name, increment.token)
+            self._check_claim(c, adapter.name, increment.token, actor)
             segment = self._segment(c, adapter.name, increment.segment)
             first = self._first_awaiting(c, adapter.name)
             change = decisions.decide_increment(
@@ -310,7 +310,7 @@ class Ledger(Sealing, Claims, Forgetting, Views):
         """Record that a segment was not learned, why, and what was measured."""
         with self.db.write() as c:
             head = self._adapter(c, adapter, lock=True)
-            self._check_claim(c, adapter, token)
+            self._check_claim(c, adapter, token, actor)
             found, first = self._segment(c, adapter, segment), self._first_awaiting(c, adapter)
             change = decisions.decide_set_aside(head, found, first, epoch, parent, cause, note, metrics or {})
             self._apply(c, head, change, actor, "")

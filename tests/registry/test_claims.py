@@ -55,8 +55,8 @@ class Decisions:
             if (claim := decide_end(self.held.get(name), holder, token)) is not None:
                 self.held[name] = claim
 
-    def outcome(self, name: str, token: int) -> None:
-        check_token(self.held.get(name), name, token)
+    def outcome(self, name: str, token: int, holder: str) -> None:
+        check_token(self.held.get(name), name, token, holder)
 
 
 class InLedger:
@@ -79,13 +79,13 @@ class InLedger:
     def end(self, tokens: dict[str, int], holder: str) -> None:
         self.ledger.end_claims(tokens, holder)
 
-    def outcome(self, name: str, token: int) -> None:
+    def outcome(self, name: str, token: int, holder: str) -> None:
         segment = self.world.seal(name, [(["ann"], "")])
         assert not isinstance(segment, Exception)
         work = self.ledger.work(name)
         assert work is not None
         head = work.adapter
-        self.ledger.set_aside(name, work.segment.number, head.epoch, head.tip, Cause.ERROR, "", "test", {}, token)
+        self.ledger.set_aside(name, work.segment.number, head.epoch, head.tip, Cause.ERROR, "", holder, {}, token)
 
 
 class Machine(RuleBasedStateMachine):
@@ -144,10 +144,10 @@ class Machine(RuleBasedStateMachine):
             return
         if token == self.last[name]:
             self.free.add(name)
-            self.here.outcome(name, token)
+            self.here.outcome(name, token, who)
         else:
             with pytest.raises(Conflict, match="was claimed by"):
-                self.here.outcome(name, token)
+                self.here.outcome(name, token, who)
         self.here.end({name: token}, who)
 
     @rule(who=trainers)
@@ -217,3 +217,14 @@ def test_the_ledgers_own_clock(tmp_path: Path) -> None:
     assert ledger.claim(["one"], "ada", 3600.0, 1) == {"one": 3}
     assert ledger.renew_claims({"one": 2}, "bob", 1.0) == {"one"}
     ledger.close()
+
+
+def test_a_token_that_a_restored_ledger_gives_out_again_is_its_holders_alone() -> None:
+    """Who took it before the restore believes to hold the last one."""
+    here = Decisions()
+    assert here.claim(["one"], "ada", 1) == {"one": 1}
+    here.held = {}  # the backup knows of no claim
+    assert here.claim(["one"], "bob", 1) == {"one": 1}
+    with pytest.raises(Conflict, match="was claimed by bob"):
+        here.outcome("one", 1, "ada")
+    here.outcome("one", 1, "bob")

@@ -2,6 +2,9 @@
 
 import sqlite3
 
+import pytest
+
+from riverdelta.registry.operations import Operations
 from riverdelta.serving.permit import Permit, clock
 
 from .conftest import eventually
@@ -45,6 +48,43 @@ def test_a_lease_given_up_for_lost(hand, serve):
     assert hand.ledger.await_fence(held.fence, ["server"]) == []
     eventually(lambda: hand.ledger.leases(["server"]) and running.server.permit.valid)
     assert hand.ledger.leases(["server"])[0].holder == lost
+    assert running.answer("acme")["system_fingerprint"] == clean
+    assert running.complete("acme@2").status_code == 410
+
+
+def copy(source, target):
+    """What `.backup` does, into a database that others may have open too."""
+    with sqlite3.connect(source, timeout=30) as held, sqlite3.connect(target, timeout=30) as made:
+        held.backup(made)
+    held.close()
+    made.close()
+
+
+@pytest.mark.parametrize("again", [0, 2], ids=["fewer fences", "as many fences"])
+def test_a_ledger_restored_under_a_server_counts_its_fences_anew(hand, serve, tmp_path, again):
+    """The numbers that the server has acknowledged come again, and mean others now."""
+    hand.adapter("acme")
+    clean = hand.release("acme", ["bob"])
+    dirty = hand.release("acme", ["ann"])
+    hand.adapter("other", 1)
+    hand.settings.serving.max_model_len = 1024
+    running, ledger = serve(hand.settings), hand.settings.data / "ledger.db"
+    copy(ledger, tmp_path / "backup")
+    for who in range(3):
+        held = hand.ledger.forget(f"f{who}", hand.hashed(f"u{who}"), ["other"], "test")
+        assert hand.ledger.await_fence(held.fence, ["server"]) == []
+    assert running.answer("acme@2")["system_fingerprint"] == dirty
+    events = streamed(running, "acme", max_tokens=1000)
+    next(events)
+    copy(tmp_path / "backup", ledger)
+    for who in range(again):  # as an operator repeats what came since
+        hand.ledger.forget(f"f{who}", hand.hashed(f"u{who}"), ["other"], "test")
+    report = Operations(hand.ledger, hand.settings, "op").forget("ann", ["acme"], request="late")
+    assert report.forget.fence == again + 1
+    answers = [running.complete("acme@2"), running.complete("acme")]
+    assert all(dirty not in answer.text for answer in answers), "nobody answers with it once that is said"
+    assert "error" in list(events)[-1]
+    eventually(lambda: running.complete("acme").status_code == 200)
     assert running.answer("acme")["system_fingerprint"] == clean
     assert running.complete("acme@2").status_code == 410
 

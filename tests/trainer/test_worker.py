@@ -1,7 +1,9 @@
 """The worker on a real ledger: work becomes versions, and what a forget or a rollback overtakes is refused."""
 
+import sqlite3
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,45 @@ def test_an_outcome_under_a_lost_claim_is_refused(stack: Stack, base: Base, monk
     settle(trainer)
     assert [v.segment for v in stack.ledger.versions("acme").values()] == [1]
     trainer.close()
+
+
+def test_a_trainer_under_which_an_older_ledger_is_restored_begins_anew(
+    stack: Stack, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fences that it has carried out, and tokens that it holds, come again and mean others."""
+    monkeypatch.setattr(claims, "_BEAT_SECONDS", 3600.0)
+    stack.create("acme", recipe())
+    stack.create("other", recipe())
+    stack.seal("acme", [fact(1), fact(2)], ["ann", "bob"])
+    trainer = worker(stack, base)
+    backup(tmp_path / "ledger.db", tmp_path / "backup")
+    stack.forget("other", "cy")
+    trainer._lease._due = 0.0
+    trainer.turn()
+    assert not trainer.idle
+    backup(tmp_path / "backup", tmp_path / "ledger.db")
+    taken = stack.ledger.claim(["acme"], "trainer-other", 3600.0, 1)
+    assert taken == {"acme": trainer._active["acme"].work.token}
+    fence = stack.forget("acme", "ann").fence
+    assert fence == trainer._lease._acked
+    assert [lease.holder for lease in stack.ledger.unacknowledged(fence, ("trainer",))] == ["trainer-test"]
+    settle(trainer)
+    assert trainer.idle
+    assert stack.ledger.versions("acme") == {}, "another has the claim of that number"
+    trainer._lease._due = 0.0
+    trainer.turn()
+    assert stack.ledger.unacknowledged(fence, ("trainer",)) == []
+    stack.ledger.end_claims(taken, "trainer-other")
+    settle(trainer)
+    assert [entry.tombstone for entry in stack.ledger.manifest("acme", 1).entries] == [True, False]
+    assert stack.ledger.version("acme", 1).epoch == 1
+    trainer.close()
+
+
+def backup(source: Path, target: Path) -> None:
+    """What `.backup` does, into a database that others may have open too."""
+    with closing(sqlite3.connect(source)) as held, closing(sqlite3.connect(target)) as made:
+        held.backup(made)
 
 
 def test_a_step_that_takes_long_loses_no_claim(stack: Stack, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
