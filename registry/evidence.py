@@ -16,6 +16,14 @@ _CHECKPOINTS = (
     "checkpoints of increments under way, in the data folders of other machines than the keeper's on which no trainer "
     "runs: the next that starts there deletes them"
 )
+_DELETED_KEYS = (
+    "the deleted keys, wrapped under the root key, in the write-ahead log of the key store's PostgreSQL until it is "
+    "overwritten, and in its archives, replicas and backups"
+)
+_DELETED_ROWS = (
+    "the subject's keyed hash, in dead rows of the ledger's PostgreSQL until it is vacuumed, and in its write-ahead "
+    "log, archives, replicas and backups"
+)
 
 
 def kafka_still_holds(
@@ -64,9 +72,12 @@ def kafka_still_holds(
 
 
 def finish(
-    draft: dict[str, Any], ledger: Ledger, forget: Forget, left_in_mlflow: dict[str, list[str]]
+    draft: dict[str, Any], ledger: Ledger, forget: Forget, left_in_mlflow: dict[str, list[str]], settings: Settings
 ) -> dict[str, Any]:
     """The draft with what the purge led to."""
+    elsewhere = [_CHECKPOINTS]
+    elsewhere += [_DELETED_KEYS] if not settings.keys_url.startswith("sqlite") else []
+    elsewhere += [_DELETED_ROWS] if not settings.ledger_url.startswith("sqlite") else []
     adapters = []
     for part in forget.body["doomed"]:
         name = part["adapter"]
@@ -88,7 +99,7 @@ def finish(
                 "tip": {"version": head.tip, "digest": versions[head.tip].digest if head.tip else ""},
                 "environment": versions[head.tip].fingerprint if head.tip else {},
                 "journal": _journal(facts, forget.id),
-                "residual": _residual(facts),
+                "residual": {"elsewhere": elsewhere, **_residual(facts)},
             }
         )
     payloads = [
@@ -130,10 +141,8 @@ def _previous(ledger: Ledger) -> str:
 
 
 def _residual(facts: list[Fact]) -> dict[str, Any]:
-    """What of the past stays, forgotten or not: the segments' boundaries with their triggers, and operators' acts; and
-    what no keeper can reach."""
+    """What of the past stays, forgotten or not: the segments' boundaries with their triggers, and operators' acts."""
     return {
-        "elsewhere": [_CHECKPOINTS],
         "boundaries": [
             [fact.body["first"], fact.body["count"], fact.body["trigger"]] for fact in facts if fact.kind == "sealed"
         ],

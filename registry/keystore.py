@@ -166,8 +166,8 @@ class KeyStore:
             return {row.name: row.at for row in c.execute(sa.select(_keys.c.name, _keys.c.at))}
 
     def scrub(self) -> None:
-        """Let nothing that was deleted outlive it in SQLite's write-ahead log."""
-        self._db.scrub()
+        """Let nothing that was deleted outlive it in SQLite's write-ahead log, or in PostgreSQL's table."""
+        self._db.scrub(_keys.name)
 
     def _wrap(self, name: str, keys: bytes) -> bytes:
         nonce = os.urandom(_NONCE_BYTES)

@@ -89,7 +89,8 @@ class Purge:
             for held in draft["kafka"]:
                 if held["topic"] == asked["topic"]:
                     held["unreadable_since"] = now()
-        manifest = finish(draft, self._ledger, forget, {name: runs for name, runs in left.items() if runs})
+        in_mlflow = {name: runs for name, runs in left.items() if runs}
+        manifest = finish(draft, self._ledger, forget, in_mlflow, self._settings)
         written = json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n"
         signed = sign(self._settings.keys_dir, statement(manifest))
         self._store.put_all(

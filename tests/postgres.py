@@ -46,6 +46,15 @@ class Postgres:
         """End it as in a crash."""
         self._call("pg_ctl", "-D", str(self._folder / "data"), "-m", "immediate", "stop")
 
+    def holding(self, trace: bytes) -> set[str]:
+        """The folders of the server's whose files hold a trace, once it has written all that it holds in memory."""
+        engine = sa.create_engine(f"{self.url}/postgres", isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(sa.text("CHECKPOINT"))
+        engine.dispose()
+        files = [path for path in (self._folder / "data").rglob("*") if path.is_file()]
+        return {path.relative_to(self._folder / "data").parts[0] for path in files if trace in path.read_bytes()}
+
     def remove(self) -> None:
         """End it for good."""
         self.stop()

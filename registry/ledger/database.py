@@ -20,6 +20,14 @@ MIGRATIONS = Path(__file__).with_name("migrations")
 NEWEST = "0005"  # the last revision in migrations/versions
 _BUSY_SECONDS = 30.0  # that a transaction waits for another's lock (SQLite)
 _TRY_AGAIN_SECONDS = 0.001
+# Of PostgreSQL: whether others may still see rows that were deleted before a transaction, and for how long to wait for
+# them, and for those who hold the table: whoever comes meanwhile waits behind us.
+_OLDER = sa.text(
+    "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+    "AND age(backend_xmin) >= age(CAST(:this AS xid)))"
+)
+_OLDER_SECONDS, _LOOK_SECONDS = 10.0, 0.05
+_LOCK_SECONDS = 2
 
 
 def upsert(table: sa.Table, value: str) -> dict[bool, sa.Insert]:
@@ -168,16 +176,38 @@ class Database:
         """Close every connection."""
         self._engine.dispose()
 
-    def scrub(self) -> None:
-        """Let nothing that was deleted outlive it in the write-ahead log (SQLite only; `secure_delete` overwrites it in
-        the database itself). `Unavailable` while a reader keeps it."""
-        if self.sqlite:
+    def scrub(self, table: str = "") -> None:
+        """Let nothing that was deleted outlive it in SQLite's write-ahead log (`secure_delete` overwrites it in the
+        database itself), or in this table of PostgreSQL's. `Unavailable` while a reader keeps it."""
+        if not self.sqlite:
+            if table:
+                with _told(self.url, self._what):
+                    self._rewrite(table)
+        else:
             with _told(self.url, self._what), self._engine.connect() as connection:
                 raw: Any = connection.connection.driver_connection
                 connection.rollback()
                 busy, *_ = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             if busy:
                 raise Unavailable(f"The {self._what}'s write-ahead log is being read.", "It is emptied a little later.")
+
+    def _rewrite(self, table: str) -> None:
+        """Write a table anew: what was deleted or replaced stays in its file as dead rows, with whoever looks back to
+        before that even in the new one."""
+        with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            this = connection.execute(sa.text("SELECT pg_current_xact_id()::xid::text")).scalar()
+            until = time.monotonic() + _OLDER_SECONDS
+            while connection.execute(_OLDER, {"this": this}).scalar():
+                if time.monotonic() > until:
+                    raise Unavailable(
+                        f"A transaction older than this keeps what the {self._what} deleted.", "Is a backup being made?"
+                    )
+                time.sleep(_LOOK_SECONDS)
+            connection.execute(sa.text(f"SET lock_timeout = '{_LOCK_SECONDS}s'"))
+            try:
+                connection.execute(sa.text(f"VACUUM (FULL) {table}"))
+            finally:
+                connection.execute(sa.text("RESET lock_timeout"))
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:

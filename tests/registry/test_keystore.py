@@ -1,14 +1,22 @@
 """The key store: wrapped keys, their deletion down to the bytes on disk, and a KMS that guards the root key."""
 
+import json
 import stat
 import sys
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from riverdelta.core.errors import BadInput, Corrupt, NotFound, Unavailable
-from riverdelta.core.settings import Kafka, Settings
+from riverdelta.core.settings import Kafka, Registry, Settings
+from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.keystore import CommandKms, KeyStore
+from riverdelta.registry.ledger import database
+from riverdelta.registry.operations import Operations
+from riverdelta.registry.purge import manifest_key
+from tests.postgres import Postgres, fresh
+from tests.registry.stack import two_versions
 
 KEYS = {"one": bytes(range(32)) * 2, "two": bytes(range(32, 64))}
 # Not a cipher: what matters here is that the root key's bytes are nowhere in the clear.
@@ -51,6 +59,35 @@ def test_deleted_keys_leave_no_bytes_behind(alone: Settings) -> None:
         store.get("one")
     assert not any(wrapped in path.read_bytes() for path in files)
     assert files[1].read_bytes() == b""
+
+
+def test_deleted_keys_leave_the_tables_of_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that is changed stays in PostgreSQL's file beside the new one, and is kept while somebody may look back."""
+    monkeypatch.setattr(database, "_OLDER_SECONDS", 0.2)
+    server = Postgres()
+    try:
+        registry = Registry(keys=fresh(server.url), ledger=fresh(server.url))
+        stack = two_versions(Settings(data=tmp_path / "data", registry=registry))
+        engine = sa.create_engine(registry.keys)
+        with engine.begin() as c:
+            query = sa.text("SELECT wrapped FROM keys WHERE name = :name")
+            wrapped = bytes(c.execute(query, {"name": stack.ledger.segment("acme", 2).keyring}).scalar_one())
+        Operations(stack.ledger, stack.settings, "op").forget("ann", ["acme"], request="r1")
+        stack.train("acme")
+        keeper = Keeper(stack.ledger, stack.settings, stack.store, orphan_seconds=0.0)
+        assert server.holding(wrapped) == {"base", "pg_wal"}
+        with engine.connect().execution_options(isolation_level="REPEATABLE READ") as c:
+            c.execute(sa.text("SELECT txid_current()"))  # looks back to before the scrub, at whatever it reads
+            with pytest.raises(Unavailable, match="older"):
+                stack.keys.scrub()
+        assert [each.stage for each in keeper.advance_forgets()] == []
+        assert server.holding(wrapped) == {"pg_wal"}
+        manifest = json.loads(stack.store.get(manifest_key("r1")))
+        [adapter] = manifest["adapters"]
+        assert any("write-ahead log" in each for each in adapter["residual"]["elsewhere"])
+        engine.dispose()
+    finally:
+        server.remove()
 
 
 def test_another_root_key_opens_nothing(alone: Settings) -> None:
