@@ -13,8 +13,8 @@ from riverdelta.core.settings import Settings
 from riverdelta.core.shards import shard_of
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry.belonging import check_base, key_store
-from riverdelta.registry.ledger import Ledger, Line, SegmentRecord, VersionRecord
-from riverdelta.registry.ledger.decisions import lineage
+from riverdelta.registry.ledger import Hand, Ledger, Line, SegmentRecord, VersionRecord
+from riverdelta.registry.ledger.decisions import lineage, words
 
 _WITHOUT = "The certificate's signature, paths and journal can be checked without `--replay`."
 
@@ -39,7 +39,7 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
         line, head = Line.of(versions, number), ledger.adapter(name)
         if line.root:
             raise Refused(f"{name}@{line.root} was imported: what it learned before is not in the log.", _WITHOUT)
-        recipe = Recipe.from_dict(head.recipe)
+        recipe, said = Recipe.from_dict(head.recipe), words(ledger.facts(name), versions, number)
         segments = [ledger.segment(name, each) for each in sorted(line.segments)]
         since, segments = _since(versions, number, segments, recipe)
         if base is None:
@@ -51,7 +51,7 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
             recipe,
             head.seed,
             [log.said(segment) for segment in segments],
-            hands=tuple(line.word(segment) for segment in segments),
+            hands=tuple(said.get(segment.number, Hand.NONE) for segment in segments),
             shards=[
                 [
                     shard_of(entry.subjects, index, recipe.shards.count)

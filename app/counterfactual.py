@@ -19,7 +19,7 @@ from riverdelta.core.settings import Settings
 from riverdelta.core.shards import shard_of
 from riverdelta.registry.belonging import check_base, open_ledger, subject_key
 from riverdelta.registry.ledger import Hand, Ledger
-from riverdelta.registry.ledger.decisions import Line
+from riverdelta.registry.ledger.decisions import Line, words
 from riverdelta.registry.report import print_replayed
 
 from .raw_log import Lesson, Place, check_incarnation, places_of, read_lessons
@@ -91,8 +91,9 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
     manifests = [ledger.manifest(adapter, each) for each in numbers]
     segments = tuple(tuple(places_of(manifest)) for manifest in manifests)
     firsts = [ledger.segment(adapter, each).first for each in numbers]
-    allowed: dict[str, int] = {}
-    for fact in ledger.facts(adapter):
+    facts = ledger.facts(adapter)
+    said, allowed = words(facts, versions, number), dict[str, int]()
+    for fact in facts:
         if fact.kind == "allow":
             allowed[fact.body["subject"]] = fact.body["index"]
         elif fact.kind == "forget":
@@ -110,7 +111,7 @@ def plan(ledger: Ledger, adapter: str, version: int | None = None) -> Plan:
         head.seed,
         segments,
         tuple(numbers),
-        tuple(line.word(ledger.segment(adapter, each)) for each in numbers),
+        tuple(said.get(each, Hand.NONE) for each in numbers),
         {at: index for at, index, _ in entries},
         allowed,
         frozenset(run for manifest in manifests for run in manifest.incarnations),

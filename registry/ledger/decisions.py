@@ -10,7 +10,7 @@ from typing import Any, Literal
 from riverdelta.core.errors import BadInput, Conflict, NotFound, Refused, StaleEpoch
 from riverdelta.core.recipe import Recipe
 
-from .records import AdapterRecord, Cause, Hand, Outcome, SegmentRecord, VersionRecord
+from .records import AdapterRecord, Cause, Fact, Hand, Outcome, SegmentRecord, VersionRecord
 
 Versions = Mapping[int, VersionRecord]
 _REJECTED = (Cause.GATE, Cause.ERROR)
@@ -88,9 +88,32 @@ class Line:
             return segment.outcome_as(Outcome.SET_ASIDE, parent, cause, segment.note, segment.metrics)
         return None
 
-    def word(self, segment: SegmentRecord) -> Hand:
-        """What a person has said of the segment, as far as this line knows: it learned what was discarded since."""
-        return Hand.NONE if segment.hand is Hand.DISCARD and segment.number in self.trained else segment.hand
+
+def words(facts: Iterable[Fact], versions: Versions, number: int) -> dict[int, Hand]:
+    """What people had said of each segment of a version's line when that learned or rejected it. Since then they may
+    have said something else, which holds for what is decided from then on."""
+    line, of_line = Line.of(versions, number), set(lineage(versions, number))
+    now, found = dict[int, Hand](), dict[int, Hand]()
+    rejected: dict[tuple[int, int], Hand] = {}
+    for fact in facts:
+        body = fact.body
+        if fact.kind == "by_hand":
+            now[body["segment"]] = Hand(body["hand"])
+        elif fact.kind == "rollback":
+            now |= dict.fromkeys(_taken_back(now, Line.of(versions, body["to"])), Hand.NONE)
+        elif fact.kind == "set_aside":
+            rejected[body["parent"], body["segment"]] = now.get(body["segment"], Hand.NONE)
+        elif fact.kind == "increment" and body["version"] in of_line:
+            found[body["segment"]] = now.get(body["segment"], Hand.NONE)
+            for segment in versions[body["version"]].saw:
+                if line.rejected.get(segment) == body["parent"]:
+                    found.setdefault(segment, rejected.get((body["parent"], segment), Hand.NONE))
+    return found
+
+
+def _taken_back(hands: Mapping[int, Hand], line: Line) -> set[int]:
+    """The discarded segments that the line which a rollback goes back to has learned: the later word counts."""
+    return {number for number in line.trained if hands.get(number) is Hand.DISCARD}
 
 
 def decide_seal(
@@ -223,7 +246,8 @@ def decide_rollback(
     word counts: what the version has learned is no longer discarded.
     """
     digest = releasable(adapter, versions, number)
-    line = Line.of(versions, number)
+    line, segments = Line.of(versions, number), list(segments)
+    taken_back = _taken_back({segment.number: segment.hand for segment in segments}, line)
     changed = []
     for segment in segments:
         after = line.place(segment)
@@ -232,7 +256,8 @@ def decide_rollback(
         elif after is None and segment.cause in _REJECTED:
             # The line that rejected it is no longer the adapter's.
             after = segment.outcome_as(Outcome.SET_ASIDE, None, segment.cause, segment.note)
-        after = after and replace(after, hand=line.word(segment))
+        if after is not None and segment.number in taken_back:
+            after = replace(after, hand=Hand.NONE)
         if after is not None and after != segment:
             changed.append(after)
     body = {

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from riverdelta.app.audit import audit
+from riverdelta.app.counterfactual import plan
 from riverdelta.core.errors import Gone, Refused
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry.gc import collect
+from riverdelta.registry.ledger import Hand
 from riverdelta.registry.ledger import tables as t
 from riverdelta.trainer.base import Base
 from riverdelta.trainer.metrics import Metrics
@@ -42,11 +44,11 @@ class Deployment:
         self.stack.ledger.forget(f"r-{who}", self.stack.key.subject(who), ["acme"], "test")
         self.settle()
 
-    def audit(self) -> list[dict[str, object]]:
-        """Of a certificate that names the tip."""
+    def audit(self, number: int = 0) -> list[dict[str, object]]:
+        """Of a certificate that names a version, or the tip."""
         ledger = self.stack.ledger
-        head = ledger.adapter("acme")
-        tip = {"version": head.tip, "digest": ledger.version("acme", head.tip).digest}
+        number = number or ledger.adapter("acme").tip
+        tip = {"version": number, "digest": ledger.version("acme", number).digest}
         return audit(self.settings, ledger, {"predicate": {"adapters": [{"adapter": "acme", "tip": tip}]}})
 
 
@@ -68,6 +70,28 @@ def test_an_auditor_comes_to_the_same_bits(tmp_path: Path, tiny_base: Path, shar
     assert found["same_environment"]
     assert found["since"] == 0
     assert found["equal"]
+
+
+@pytest.mark.parametrize("later", [Hand.ACCEPT, Hand.DISCARD])
+def test_what_is_said_of_a_segment_later_changes_no_certificate(tmp_path: Path, tiny_base: Path, later: Hand) -> None:
+    held = Deployment(tmp_path, tiny_base, {"lora": {"rank": 4}, "training": {"passes": 2}})
+    ledger = held.stack.ledger
+    for who in ("bob", "cy", "ann"):
+        held.stack.seal("acme", [(who, f"{who} says something"), ("hal", f"hal says it too, of {who}")])
+    if later is Hand.ACCEPT:
+        ledger.decide_by_hand("acme", 2, Hand.DISCARD, "op")
+    held.settle()
+    held.forget("ann")
+    certified = ledger.adapter("acme").tip
+    planned = plan(ledger, "acme", certified)
+    ledger.decide_by_hand("acme", 2, later, "op")
+    held.settle()
+    assert ledger.adapter("acme").tip != certified
+    (found,) = held.audit(certified)
+    assert found["equal"]
+    assert plan(ledger, "acme", certified) == planned
+    (now,) = held.audit()
+    assert now["equal"]
 
 
 @pytest.mark.parametrize("shards", [1, 2])
