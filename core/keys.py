@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import Corrupt
+from .errors import BadInput, Corrupt
 from .names import subject_name
 
 _FILE = "subjects.key"
@@ -52,7 +52,10 @@ class SubjectKey:
 
     def subject(self, name: str) -> str:
         """A subject's keyed hash, 64 hex digits: the only form in which a subject is stored."""
-        return self._hash(b"subject\0" + subject_name(name).encode()).hex()
+        try:
+            return self._hash(b"subject\0" + subject_name(name).encode()).hex()
+        except UnicodeEncodeError as error:  # of an argument's bytes
+            raise BadInput("A subject's name is not UTF-8.", "Name it as the events do.") from error
 
     def request(self, name: str) -> str:
         """A request's id, where its own name would tell of its subject: 64 hex digits."""

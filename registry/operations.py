@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import time
+import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -331,12 +332,39 @@ def _without(text: str, subject: str) -> str:
 
     >>> _without("Ann@x.org asked us to", "ann@x.org")
     '[subject] asked us to'
+    >>> _without("of ANN\\n LEE, STRASSE 5", "Ann Lee"), _without("of STRASSE 5", "Straße 5")
+    ('of [subject], STRASSE 5', 'of [subject]')
     """
-    name = re.escape(subject_name(subject))
+    text = subject_name(text)
+    words = re.split(r"\s+", _folded(subject_name(subject))[0].strip())
+    if words == [""]:
+        return text
+    name = r"\s+".join(map(re.escape, words))
     if len(subject) < 4 and subject.isascii():
         name = rf"(?<![^\W_]){name}(?![^\W_])"
-    return re.sub(name, "[subject]", subject_name(text), flags=re.IGNORECASE)
+    folded, places = _folded(text)
+    kept, end = "", 0
+    for found in re.finditer(name, folded):
+        kept += text[end : places[found.start()]] + "[subject]"
+        end = places[found.end() - 1] + 1
+    return kept + text[end:]
+
+
+def _folded(text: str) -> tuple[str, list[int]]:
+    """The text without what readers do not tell apart: case, forms of a letter, kinds of space, what is invisible. For
+    each letter of it the place that it comes from."""
+    letters: list[tuple[str, int]] = []
+    for place, letter in enumerate(text):
+        for each in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", letter).casefold()):
+            kind = unicodedata.category(each)
+            if kind != "Cf":
+                letters.append((" " if kind == "Cc" else each, place))
+    return "".join(letter for letter, _ in letters), [place for _, place in letters]
 
 
 def _line(text: str, longest: int = 1000) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # of an argument's bytes
+        raise BadInput("A reason, or an actor's name, is not UTF-8.", "Write it in UTF-8.") from error
     return _CONTROL_CHARACTERS.sub(" ", text)[:longest].strip()

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
 
-from riverdelta.core.errors import Corrupt, Refused, Unavailable
+from riverdelta.core.errors import BadInput, Corrupt, Refused, Unavailable
 
 from .tables import metadata
 
@@ -256,6 +256,8 @@ def _told(url: str, what: str) -> Iterator[None]:
     shown = sa.make_url(url).render_as_string(hide_password=True)
     try:
         yield
+    except UnicodeEncodeError as error:  # of an argument's bytes
+        raise BadInput("A name is not UTF-8.", "Write it in UTF-8.") from error
     except sa.exc.OperationalError as error:
         raise Unavailable(
             f"The {what} {shown} does not answer: {error.orig}.", "Is it reachable, and not full?"

@@ -6,8 +6,9 @@ from unittest import mock
 
 import pytest
 
+from riverdelta.core.errors import BadInput
 from riverdelta.core.settings import Settings
-from riverdelta.registry.operations import KEEPER
+from riverdelta.registry.operations import KEEPER, Operations
 from tests.registry.stack import Stack, two_versions
 from tests.registry.test_cli import run
 
@@ -97,3 +98,47 @@ def test_who_interrupts_the_fence_is_told_what_has_begun(stack: Stack) -> None:
     assert (done.returncode, json.loads(done.stdout)["stage"]) == (130, "fenced")
     with mock.patch("riverdelta.registry.operations.Operations._begin", side_effect=KeyboardInterrupt):
         assert "before anything was forgotten" in said(stack, *ASKED, "bob", "--request", "r3", code=130)
+
+
+@pytest.mark.parametrize(
+    ("subject", "reason"),
+    [
+        ("Ann Lee", "asked for by Ann\nLee"),
+        ("Ann Lee", "asked for by ann \t lee"),
+        ("Ann Lee", "asked for by Ann\u00a0Lee"),
+        ("Ann  Lee", "asked for by Ann Lee"),
+        ("Ann Lee", "asked for by An\u200bn Lee"),
+        ("stra\u00dfe 5", "asked for by STRASSE 5"),
+        ("STRASSE 5", "asked for by stra\u00dfe 5"),
+        ("\u0130pek", "asked for by i\u0307pek"),
+        ("\ufb01n", "asked for by Fin"),
+    ],
+)
+def test_a_name_that_is_written_otherwise_is_struck_out_too(stack: Stack, subject: str, reason: str) -> None:
+    """What stands in the journal stays for good, and readers see the same name."""
+    acts = Operations(stack.ledger, stack.settings, "test")
+    assert acts.forget(subject, ["acme"], reason=f"{reason}, of 3 May").forget.reason == (
+        "asked for by [subject], of 3 May"
+    )
+    with pytest.raises(BadInput):
+        acts.forget(subject, ["acme"], request=reason.replace("\n", " ").replace("\t", " "))
+
+
+def test_a_name_of_spaces_strikes_out_nothing(stack: Stack) -> None:
+    assert (
+        Operations(stack.ledger, stack.settings, "test").forget(" ", ["acme"], "as asked").forget.reason == "as asked"
+    )
+
+
+def test_an_argument_that_is_not_utf_8_is_bad_input(stack: Stack) -> None:
+    for asked in (
+        ("\udcff",),
+        ("zoe", "--reason", "\udcff"),
+        ("zoe", "--actor", "\udcff"),
+        ("zoe", "--request", "\udcff"),
+    ):
+        said(stack, *ASKED, *asked, code=2)
+        if "--request" not in asked:
+            said(stack, "allow", *ASKED[1:], *asked, code=2)
+    said(stack, *ASKED, "zoe", "--adapter", "\udcff", code=2)
+    assert stack.ledger.forgets() == []
