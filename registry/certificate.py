@@ -16,7 +16,7 @@ from riverdelta.core.store import ObjectStore
 
 from . import contents
 from .keystore import KeyStore
-from .ledger import Ledger
+from .ledger import Ledger, Stage
 from .ledger.journal import chained
 
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -117,19 +117,26 @@ def _check_line(held: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[str
 
 def _check_fence(held: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[str]:
     """What an adapter's own lines say otherwise than the certificate about when the fence was made: with the forget, or
-    where servers kept a version for a while, when that loan was called in."""
-    own = [line for line in adapter["journal"]["lines"] if not isinstance(line, str)]
-    stages = {body["stage"]: (at, body) for _, _, kind, body, at, *_ in own if kind == "forget_stage"}
-    begun, asked = next(((at, body) for _, _, kind, body, at, *_ in own if kind == "forget"), ("", None))
+    where servers kept a version for a while, when that loan was called in. What came first is the order of the lines:
+    machines that took part may have clocks that differ."""
+    name = adapter["adapter"]
+    lines = [line for line in adapter["journal"]["lines"] if not isinstance(line, str)]
+    own = [(kind, body) for _, _, kind, body, *_ in lines]
+    asked = next((body for kind, body in own if kind == "forget"), None)
     if asked is None:
         return []
-    told = held["fenced_at"]
-    called_in = stages.get("fenced", ("", {}))[1].get("fenced_at")
-    if "lent" in asked and called_in != told:
-        return [f"{adapter['adapter']}@{asked['lent']} was served until {called_in}, not {told}."]
-    if told < begun or ("acknowledged" in stages and stages["acknowledged"][0] < told):
-        return [f"The journal of {adapter['adapter']} has the fence at another time than {told}."]
-    return []
+    told, problems = held["fenced_at"], []
+    stages = [Stage(body["stage"]) for kind, body in own if kind == "forget_stage"]
+    if own[0][1] is not asked or stages != [stage for stage in Stage if stage in stages]:
+        problems.append(f"The journal of {name} has the forget's stages in another order.")
+    if "lent" in asked:
+        called_in = next((body.get("fenced_at") for _, body in own if body.get("stage") == Stage.FENCED), None)
+        if called_in != told:
+            problems.append(f"{name}@{asked['lent']} was served until {called_in}, not {told}.")
+    # Where another adapter's version was lent, that one's journal tells.
+    elif "until" not in asked and asked.get("fenced_at", told) != told:
+        problems.append(f"The journal of {name} has the fence at another time than {told}.")
+    return problems
 
 
 class Opening(msgspec.Struct):

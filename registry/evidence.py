@@ -78,11 +78,13 @@ def finish(
     elsewhere = [_CHECKPOINTS]
     elsewhere += [_DELETED_KEYS] if not settings.keys_url.startswith("sqlite") else []
     elsewhere += [_DELETED_ROWS] if not settings.ledger_url.startswith("sqlite") else []
-    adapters = []
+    adapters, last = [], _issued_last(ledger)
+    before = [draft["fenced_at"], *([later(last.body["purged_at"], 0.001)] if last else [])]
     for part in forget.body["doomed"]:
         name = part["adapter"]
         head, versions, facts = ledger.adapter(name), ledger.versions(name), ledger.facts(name)
         facts = [fact for fact in facts if fact.seq <= head.head]
+        before.append(facts[-1].at)
         adapters.append(
             {
                 "adapter": name,
@@ -115,8 +117,8 @@ def finish(
         "payloads": payloads,
         "adapters": adapters,
         "mlflow_gc_needed": left_in_mlflow,
-        "previous": _previous(ledger),
-        "purged_at": now(),
+        "previous": last.body["certificate_sha"] if last else "",
+        "purged_at": max(now(), *before),  # this machine's clock may be behind those that wrote the rest
     }
 
 
@@ -134,10 +136,10 @@ def _journal(facts: list[Fact], request: str) -> dict[str, Any]:
     }
 
 
-def _previous(ledger: Ledger) -> str:
-    """The digest of the certificate issued last: certificates are a chain, too."""
+def _issued_last(ledger: Ledger) -> Forget | None:
+    """The forget whose certificate was issued last: certificates are a chain, too."""
     issued = [held for held in ledger.forgets() if "certificate_sha" in held.body]
-    return max(issued, key=lambda held: held.body["purged_at"]).body["certificate_sha"] if issued else ""
+    return max(issued, key=lambda held: str(held.body["purged_at"]), default=None)
 
 
 def _residual(facts: list[Fact]) -> dict[str, Any]:

@@ -75,7 +75,9 @@ class Forgetting(Lending):
             reaches, writers = self._reach(c, subject, heads)
             lent = self._lend(c, reaches, bool(until))
             heads = self._heads(c, adapters, missing=ahead)  # calling loans in moves heads
-            about = {"request": request, "subject": subject, **({"until": until} if lent else {})}
+            at, fence = now(), self._last_fence(c) + 1
+            # The journal binds the time of the fence; of a loan's, when it is called in.
+            about = {"request": request, "subject": subject, **({"until": until} if lent else {"fenced_at": at})}
             doomed = []
             for name, reach in sorted(reaches.items()):
                 mentions = {subject} | writers if name in heads else writers
@@ -93,7 +95,6 @@ class Forgetting(Lending):
                 self._suppress(c, name, subject)
             digests = {digest for part in doomed for digest in part["digests"]}
             digests = self._only_revoked(c, digests) - {digest for _, digest in lent.values()}
-            at, fence = now(), self._last_fence(c) + 1
             c.execute(t.fences.insert().values(number=fence, at=at, digests=sorted(digests)))
             forget = Forget(
                 request,

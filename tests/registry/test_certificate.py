@@ -14,12 +14,15 @@ from typer.testing import CliRunner
 
 from riverdelta.core.digests import canonical_json, sha256
 from riverdelta.core.errors import BadInput, Corrupt
+from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
+from riverdelta.core.times import later, now
 from riverdelta.registry import cli, operations
 from riverdelta.registry.certificate import check, check_stored, open_receipt, read_receipt
 from riverdelta.registry.keeper import Keeper
-from riverdelta.registry.ledger import Hand
+from riverdelta.registry.ledger import Hand, forgetting, journal, lending
 from riverdelta.registry.ledger import tables as t
+from riverdelta.registry.ledger.journal import chained
 from riverdelta.registry.operations import Operations
 from riverdelta.registry.purge import PUBLIC_KEY, certificate_key, manifest_key
 from riverdelta.registry.signing import key_of, opened, sign
@@ -196,6 +199,49 @@ def test_the_time_of_the_fence_is_when_the_loan_was_called_in(tmp_path: Path) ->
     held["fenced_at"] = begun.at  # as if nothing had been served meanwhile
     assert any("was served until" in problem for problem in check(told).problems)
     assert any("was not made at" in problem for problem in check_stored(stack.ledger, told, sha256(data))[0])
+
+
+@pytest.mark.parametrize("lent", [0.0, 600.0])
+@pytest.mark.parametrize("ahead", [-3600.0, -0.2, 0.2, 3600.0])
+def test_clocks_that_differ_make_no_certificate_corrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: float, lent: float
+) -> None:
+    """Who forgets and who keeps are two machines; one's clock is so many seconds ahead of the other's."""
+    stack = two_versions(Settings(data=tmp_path / "data"))
+    stack.ledger.create("other", Recipe(), "test")
+    stack.seal("other", [("ann", "canary-ann-there")])
+    keeper = Keeper(stack.ledger, stack.settings, stack.store, orphan_seconds=0.0)
+    purged_at = ""
+    for request, subject in (("r1", "ann"), ("r2", "bob")):
+        with monkeypatch.context() as machine:
+            for module in (forgetting, journal, lending):
+                machine.setattr(module, "now", lambda: later(now(), ahead))
+            acts = Operations(stack.ledger, stack.settings, "op")
+            acts.fence(subject, None, "", request, serve_until_rebuilt=lent)
+        for _ in range(5):
+            keeper.advance_forgets()
+            stack.train("acme")
+            stack.train("other")
+        data = stack.store.get(certificate_key(request))
+        told = opened(data, key_of(stack.store.get(PUBLIC_KEY)))
+        assert check(told).problems == ()
+        assert check_stored(stack.ledger, told, sha256(data))[0] == []
+        assert told["predicate"]["purged_at"] > purged_at, "they are issued one after the other"
+        purged_at = told["predicate"]["purged_at"]
+
+
+def test_the_order_of_the_stages_is_the_journals(issued: Issued) -> None:
+    told = opened(issued.data, key_of(issued.pem))
+    held = told["predicate"]["adapters"][0]["journal"]
+    lines = [line for line in held["lines"] if not isinstance(line, str)]
+    assert len(lines) > 2
+    chain = held["before"]
+    held["lines"] = [lines[0], *reversed(lines[1:])]
+    for line in held["lines"]:
+        chain = chained(chain, sha256(canonical_json(line)))
+    held["chain"] = chain
+    [problem] = check(told).problems
+    assert "in another order" in problem
 
 
 def test_superseded_is_not_tampered(tmp_path: Path) -> None:
