@@ -321,11 +321,15 @@ def verify(
     config: Config = None,
     data: Data = None,
 ) -> None:
-    """Check the journal's chain, every manifest, payload and key, and every version's weights; or a certificate."""
+    """Check the journal's chain, every manifest, payload and key, every version's weights, and what was issued of
+    forgets; or a certificate."""
+    from dataclasses import replace
+
     from riverdelta.core.store import ObjectStore
 
     from .belonging import key_store
     from .report import print_verified
+    from .verify import check_issued
     from .verify import verify as check
 
     if name and request:
@@ -345,6 +349,8 @@ def verify(
         heads = [ledger.adapter(name)] if name else ledger.adapters()
         store, keys = ObjectStore(settings.store_url), key_store(ledger, settings)
         found = [check(ledger, store, keys, head.name) for head in heads]
+        issued = check_issued(ledger, store, name)
+        found = [replace(each, problems=(*each.problems, *issued.get(each.adapter, ()))) for each in found]
     if replay and replayer is None:
         raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
     learned = [head.name for head in heads if name or head.release]
@@ -364,7 +370,8 @@ def verify(
 
 
 def _issued(request: str, config: Path | None, data: Path | None) -> bytes:
-    """The certificate of a finished forget."""
+    """The certificate of a finished forget; `Corrupt` where what lies in its place is not what was issued."""
+    from riverdelta.core.digests import sha256
     from riverdelta.core.store import ObjectStore
 
     with _ledger(config, data) as (settings, ledger):
@@ -374,7 +381,14 @@ def _issued(request: str, config: Path | None, data: Path | None) -> bytes:
                 f"The forget {request} is {forget.stage}: its certificate comes with its purge.",
                 "`riverdelta registry list` shows how far it is.",
             )
-        return ObjectStore(settings.store_url).get(forget.body["certificate"])
+        store, key = ObjectStore(settings.store_url), forget.body["certificate"]
+        signed = store.get(key)
+        if sha256(signed) != forget.body["certificate_sha"]:
+            raise Corrupt(
+                f"{store.where(key)} is not the certificate that was issued of the forget {request}.",
+                "Restore the object store from a backup.",
+            )
+        return signed
 
 
 def _certificate(path: Path) -> bytes:

@@ -188,6 +188,22 @@ def _check_object(store: ObjectStore, key: str, digest: str) -> list[str]:
     return [] if held == digest else [f"{key} has the SHA-256 {held}."]
 
 
+def check_issued(ledger: Ledger, store: ObjectStore, adapter: str = "") -> dict[str, list[str]]:
+    """The certificates and manifests of finished forgets (of those that concern an adapter) that are not what was
+    issued, or not there: by the adapters that the forget erased in, or the first that it named."""
+    found: dict[str, list[str]] = {}
+    for forget in ledger.forgets():
+        concerned = [part["adapter"] for part in forget.body["doomed"]] or sorted(forget.adapters)[:1]
+        if "certificate" not in forget.body or adapter not in ("", *concerned):
+            continue
+        for what in ("certificate", "manifest"):
+            if _check_object(store, forget.body[what], forget.body[f"{what}_sha"]):
+                for name in concerned:
+                    told = f"The {what} of the forget {forget.id} is not the one that was issued."
+                    found.setdefault(name, []).append(told)
+    return found
+
+
 def check_chain(facts: Iterable[Fact]) -> None:
     """Each fact of an adapter follows the one before it, under a chain of digests; `Corrupt` names the first that
     does not."""

@@ -377,3 +377,25 @@ def test_what_is_no_certificate_is_told_in_a_line(issued: Issued, tmp_path: Path
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert "That is no public key in PEM form." in done.stderr
+
+
+def test_another_certificate_in_the_place_of_one_is_found(tmp_path: Path) -> None:
+    stack = two_versions(Settings(data=tmp_path / "data"))
+    stack.ledger.create("other", Recipe(), "test")
+    anns, bobs = forget(stack, "ann", "req-a"), forget(stack, "bob", "req-b")
+    data = stack.settings.data
+    assert run(data, "verify").returncode == 0
+    stack.store.put(certificate_key("req-b"), anns)
+    done = run(data, "verify", "--request", "req-b")
+    assert done.returncode == 7
+    assert "is not the certificate that was issued of the forget req-b" in " ".join(done.stderr.split())
+    for name in ((), ("acme",)):
+        done = run(data, "verify", *name)
+        assert done.returncode == 7
+        assert "The certificate of the forget req-b is not the one that was issued." in " ".join(done.stdout.split())
+    assert run(data, "verify", "other").returncode == 0
+    assert run(data, "verify", "--request", "req-a").returncode == 0
+    stack.store.put(certificate_key("req-b"), bobs)
+    stack.store.delete(manifest_key("req-a"))
+    [told] = [each for each in json.loads(run(data, "verify", "--json").stdout) if each["adapter"] == "acme"]
+    assert told["problems"] == ["The manifest of the forget req-a is not the one that was issued."]
