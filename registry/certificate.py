@@ -160,7 +160,7 @@ def receipt(
     ledger: Ledger, store: ObjectStore, keys: KeyStore, subject: str, adapters: Sequence[str] | None
 ) -> Receipt:
     """The receipt of a subject (as its keyed hash) for what some adapters (None: all) hold of it now."""
-    names = [head.name for head in ledger.adapters()] if adapters is None else adapters
+    names = [head.name for head in ledger.adapters()] if adapters is None else sorted(set(adapters))
     entries, gone = [], 0
     for name in names:
         for segment, manifest in ledger.manifests(name):

@@ -142,16 +142,13 @@ class Operations:
         if receipt is not None and begun_forget(self._ledger, request) is None:
             made = write_receipt(self._ledger, self._settings, subject, adapters, receipt)
         try:
-            begun = self._begin(subject, adapters, reason, request, None, serve_until_rebuilt)
-        except BaseException:
-            if made is not None and receipt is not None and begun_forget(self._ledger, request) is None:
+            begun = self._begin(subject, adapters, reason, request, None, serve_until_rebuilt, receipt is not None)
+        except BaseException as error:
+            # A conflict may be with one that somebody else has begun meanwhile.
+            refused = isinstance(error, Conflict) or begun_forget(self._ledger, request) is None
+            if made is not None and receipt is not None and refused:
                 receipt.unlink(missing_ok=True)  # it is their data, and would be in the way of the next attempt
             raise
-        if receipt is not None and made is None:
-            raise Conflict(
-                f"Request {begun.id} was begun at {begun.at}: it is too late for a receipt.",
-                "Repeat it without --receipt; one that was written then opens its certificate.",
-            )
         # First of all nobody answers with it.
         lost = self._ledger.await_fence(begun.fence, ["server"], progress=progress)
         self._erase(begun)
@@ -209,6 +206,7 @@ class Operations:
         request: str,
         asked: Mapping[str, Any] | None,
         serve_until_rebuilt: float,
+        receipt: bool = False,
     ) -> Forget:
         hashed = _hashed(self._ledger, self._settings, subject)
         if names(request, subject):
@@ -220,7 +218,7 @@ class Operations:
         until = later(now(), serve_until_rebuilt) if serve_until_rebuilt else ""
         reason = _line(_without(reason, subject))
         ahead = asked is not None
-        begun = self._ledger.forget(request, hashed, adapters, self._actor, reason, asked, until, ahead)
+        begun = self._ledger.forget(request, hashed, adapters, self._actor, reason, asked, until, ahead, receipt)
         self._wake(begun.adapters)
         return begun
 

@@ -48,6 +48,7 @@ class Forgetting(Lending):
         asked: Mapping[str, Any] | None = None,
         until: str = "",
         ahead: bool = False,
+        receipt: bool = False,
     ) -> Forget:
         """The fence: suppress, raise epochs, revoke, move releases, all in one transaction.
 
@@ -55,8 +56,9 @@ class Forgetting(Lending):
         learned from text that a version revoked here wrote. `asked` says where a message that asked for it lies (topic,
         incarnation, partition, offset). With `until`, servers answer with the releases that they have until their
         rebuild, or that time at the latest. A request id seen before changes nothing and gives the procedure as it
-        stands; `Conflict` where that was about somebody else, or did not name all of these adapters. An adapter that
-        does not exist is `NotFound`; `ahead` suppresses by its name, for when it is made.
+        stands; `Conflict` where that was about somebody else, or did not name all of these adapters, or a `receipt` has
+        been written for one that is to begin now. An adapter that does not exist is `NotFound`; `ahead` suppresses by
+        its name, for when it is made.
         """
         if not request or len(request) > 128 or not request.isprintable():
             raise BadInput(
@@ -70,7 +72,13 @@ class Forgetting(Lending):
             self._lock_all(c)
             held = c.execute(sa.select(t.forgets).where(t.forgets.c.id == request)).first()
             if held is not None:
-                return self._again(c, _the_same(forget_of(held), subject, adapters), asked)
+                stands = _the_same(forget_of(held), subject, adapters)
+                if receipt:
+                    raise Conflict(
+                        f"Request {stands.id} was begun at {stands.at}: it is too late for a receipt.",
+                        "Repeat it without --receipt; one that was written then opens its certificate.",
+                    )
+                return self._again(c, stands, asked)
             heads = self._heads(c, adapters, missing=ahead)
             reaches, writers = self._reach(c, subject, heads)
             lent = self._lend(c, reaches, bool(until))

@@ -9,13 +9,15 @@ import pytest
 from typer.testing import CliRunner
 
 from riverdelta.core import merkle
+from riverdelta.core.errors import Conflict
 from riverdelta.core.payload import SALT_BYTES
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry import cli, operations
 from riverdelta.registry.certificate import open_receipt, read_receipt
 from riverdelta.registry.gc import collect
-from tests.registry.stack import Stack
+from riverdelta.registry.operations import Operations
+from tests.registry.stack import Stack, two_versions
 
 SALT, CONTENT = bytes(range(SALT_BYTES)), b'{"type":"example","text":"I was never there"}'
 
@@ -92,3 +94,37 @@ def test_what_lies_beyond_the_horizon_is_counted_and_skipped(tmp_path: Path, mon
         in said
     )
     assert stack.ledger.forget_of("r1").body["doomed"][0]["entries"] == 3
+
+
+def test_an_adapter_that_is_named_twice_is_told_of_once(tmp_path: Path) -> None:
+    stack, path = two_versions(Settings(data=tmp_path / "data")), tmp_path / "ann.receipt"
+    report = Operations(stack.ledger, stack.settings, "op").forget("ann", ["acme", "acme"], request="r1", receipt=path)
+    assert report.receipt is not None
+    assert len(report.receipt.entries) == report.forget.body["doomed"][0]["entries"] == 1
+    assert len(json.loads(path.read_bytes())["entries"]) == 1
+
+
+@pytest.mark.parametrize("sooner", [True, False])
+def test_a_receipt_is_of_the_forget_that_it_was_written_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sooner: bool
+) -> None:
+    """Two operators under one id: the one who comes second has nothing that is true of what the other began."""
+    stack, path = two_versions(Settings(data=tmp_path / "data")), tmp_path / "ann.receipt"
+    write = operations.write_receipt
+
+    def another() -> None:
+        Operations(stack.ledger, stack.settings, "other").forget("ann", ["acme"], request="r1")
+
+    def written(*given: Any) -> Any:
+        if sooner:
+            another()
+        made = write(*given)
+        if not sooner:
+            another()
+        return made
+
+    monkeypatch.setattr(operations, "write_receipt", written)
+    with pytest.raises(Conflict, match="too late for a receipt"):
+        Operations(stack.ledger, stack.settings, "op").forget("ann", ["acme"], request="r1", receipt=path)
+    assert not path.exists()
+    assert stack.ledger.forget_of("r1").actor == "other"
