@@ -281,7 +281,8 @@ def allow(
     config: Config = None,
     data: Data = None,
 ) -> None:
-    """Let a forgotten subject be learned again, from now on. What was forgotten stays so."""
+    """Let a forgotten subject be learned again, from what is sent to Kafka from now on. What was sent before stays
+    forgotten."""
     from riverdelta.core.printing import print_json
 
     adapters = _scope(adapter, all_adapters)

@@ -27,6 +27,7 @@ from riverdelta.core.times import later, now
 
 from . import certificate, contents
 from .belonging import KeptOpen, key_store, subject_key
+from .kafka_ends import log_ends
 from .ledger import AdapterRecord, Forget, Hand, Lease, Ledger, Mode, Stage
 from .ledger.journal import EVERYWHERE
 from .mlflow_projection import Projection, ask_for_repair
@@ -177,11 +178,13 @@ class Operations:
         return begun
 
     def allow(self, subject: str, adapters: Sequence[str] | None, reason: str = "", request: str = "") -> list[str]:
-        """Let a subject be learned again from now on; the adapters concerned (`*`: all). `NotFound` when it was not
-        suppressed there; with a `request` id, so that a repeated request is no error, an empty list."""
+        """Let a subject be learned again, from what is sent to Kafka from now on; the adapters concerned (`*`: all).
+        `NotFound` when it was not suppressed there; with a `request` id, so that a repeated request is no error, an
+        empty list. `Unavailable` while Kafka does not say what was sent before."""
         hashed = _hashed(self._ledger, self._settings, subject)
         reason = _line(_without(reason, subject))
-        lifted = self._ledger.allow(hashed, adapters, self._actor, reason, request or None)
+        ends = log_ends(self._settings)
+        lifted = self._ledger.allow(hashed, adapters, self._actor, reason, request or None, ends)
         if not lifted and not request:
             where = "any adapter" if adapters is None else ", ".join(adapters)
             raise NotFound(

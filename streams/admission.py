@@ -134,13 +134,17 @@ class Admission:
         revoked: frozenset[str],
         recent: Iterable[tuple[int, bytes]],
         joins: Joins,
+        allowed_from: Mapping[str, Mapping[Where, int]] = MappingProxyType({}),
     ) -> None:
-        """`recent` gives index and event hash of the last `dedupe` sealed entries."""
+        """`recent` gives index and event hash of the last `dedupe` sealed entries, `allowed_from` per subject that was
+        allowed again the offsets before which nothing of it is learned: it came in while the subject was suppressed, or
+        before, and a crash has it read once more."""
         self.name = name
         self.epoch = epoch
         self.next_index = next_index  # of the first open entry
         self.next_segment = next_segment
         self.suppressed = suppressed
+        self._allowed_from = allowed_from
         self.open: list[OpenEntry] = []
         self.joins = joins
         self._count = count
@@ -187,7 +191,7 @@ class Admission:
             self._loose.add(item.where)
         if item.kind == FEEDBACK and not (item.event and item.content and teaches(item.content, self._feedback)):
             return [UNUSED]
-        if not self.suppressed.isdisjoint(item.subjects):
+        if not self.suppressed.isdisjoint(item.subjects) or self._came_before(item.subjects, item.where, item.offset):
             item = replace(item, content=None, raw=None)
         verdicts = []
         for key, interaction, feedback, copies in self.joins.meet(item, fresh, at, age):
@@ -245,7 +249,7 @@ class Admission:
             if len(self._window) > 2 * self._dedupe + 1024:
                 oldest = index - self._dedupe
                 self._window = {held: known for held, known in self._window.items() if known >= oldest}
-        if (self.suppressed or entry.written_by) and self._is_barred(entry):
+        if (self.suppressed or entry.written_by or self._allowed_from) and self._is_barred(entry):
             entry.content = None
         self.open.append(entry)
         self._hold(entry)
@@ -288,8 +292,16 @@ class Admission:
             others = (entry.partner,) if entry.partner else ()
             self._first = _lowest([*others, *entry.copies.items(), *entry.partners.items()], self._first)
 
+    def _came_before(self, subjects: tuple[str, ...], where: Where, offset: int) -> bool:
+        """Whether an event was sent before one of its subjects was allowed again."""
+        known = self._allowed_from
+        return bool(known) and any(offset < known[who].get(where, 0) for who in subjects if who in known)
+
     def _is_barred(self, entry: OpenEntry) -> bool:
-        return not self.suppressed.isdisjoint(entry.subjects) or entry.written_by in self._revoked
+        if not self.suppressed.isdisjoint(entry.subjects) or entry.written_by in self._revoked:
+            return True
+        # Of a pair each was looked at when it came.
+        return entry.partner is None and self._came_before(entry.subjects, entry.where, entry.offset)
 
     # -- segments ------------------------------------------------------------------------------------------------
 
@@ -360,9 +372,16 @@ class Admission:
 
     # -- forgetting, and what must be read again -----------------------------------------------------------------
 
-    def suppress(self, suppressed: frozenset[str], revoked: frozenset[str], epoch: int) -> int:
+    def suppress(
+        self,
+        suppressed: frozenset[str],
+        revoked: frozenset[str],
+        epoch: int,
+        allowed_from: Mapping[str, Mapping[Where, int]] = MappingProxyType({}),
+    ) -> int:
         """Learn nothing of these subjects, nor of what revoked versions wrote; the number of entries erased."""
         self.suppressed = suppressed
+        self._allowed_from = allowed_from
         self._revoked = revoked
         self.epoch = epoch
         erased = 0

@@ -203,6 +203,7 @@ class Owner:
             revoked=self.revoked,
             recent=recent,
             joins=Joins(self._settings.join_limit, self._settings.join_seconds),
+            allowed_from=self._ledger.allowed_from(name),
         )
 
     def _create(self, name: str) -> AdapterRecord:
@@ -217,7 +218,9 @@ class Owner:
         """Read an adapter's epoch and suppression list again, and erase what is open of them; how many entries."""
         head = self._ledger.adapter(state.name)
         _check_not_restored(head.next_index, state)
-        return state.suppress(self._ledger.suppressed(state.name), self._ledger.revoked_digests(), head.epoch)
+        suppressed = self._ledger.suppressed(state.name)  # first: who is allowed in between is so from some offset on
+        allowed_from = self._ledger.allowed_from(state.name)
+        return state.suppress(suppressed, self._ledger.revoked_digests(), head.epoch, allowed_from)
 
     def start_at(self, fence: int) -> None:
         """Under a lease just taken: read anew whatever is in memory; nothing else remains of the fences so far."""

@@ -1,5 +1,6 @@
 """Forget in the ledger: the fence's one transaction, the procedure's record, suppression and its end."""
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -253,9 +254,16 @@ class Forgetting(Lending):
         self.db.put(c, t.suppressions, {"adapter": adapter, "subject": subject}, {"since": now()}, replace=False)
 
     def allow(
-        self, subject: str, adapters: Sequence[str] | None, actor: str, reason: str = "", request: str | None = None
+        self,
+        subject: str,
+        adapters: Sequence[str] | None,
+        actor: str,
+        reason: str = "",
+        request: str | None = None,
+        ends: Mapping[tuple[str, int], int] | None = None,
     ) -> list[str]:
-        """End suppression: the subject's events from each adapter's present index on may be learned again.
+        """End suppression: the subject's events from each adapter's present index on may be learned again, but for
+        those that lie in Kafka before the `ends` of its log, by (incarnation, partition).
 
         Returns the adapters (or `*`) for which the subject was suppressed. A request id seen before changes nothing.
         `Conflict` for some adapters of a subject that is suppressed for all.
@@ -274,6 +282,9 @@ class Forgetting(Lending):
             lifted = sorted(held if adapters is None else held & set(adapters))
             for chunk in chunks(lifted):
                 c.execute(t.suppressions.delete().where(s.subject == subject, s.adapter.in_(chunk)))
+            for name in lifted if ends else ():
+                places = json.dumps([[*where, end] for where, end in sorted((ends or {}).items())])
+                self.db.put(c, t.meta, {"key": f"allowed/{name}/{subject}"}, {"value": places})
             heads = self._heads(c, None if EVERYWHERE in lifted else lifted, missing=True).values()
             facts = [("allow", {"subject": subject, "index": head.next_index}) for head in heads]
             changes = [(head, Change(head, (fact,))) for head, fact in zip(heads, facts, strict=True)]
@@ -284,6 +295,19 @@ class Forgetting(Lending):
         """The keyed hashes of the subjects that an adapter must not learn from."""
         with self.db.read() as c:
             return self._suppressed(c, adapter)
+
+    def allowed_from(self, adapter: str) -> dict[str, dict[tuple[str, int], int]]:
+        """Per subject that was allowed again, the offsets by (incarnation, partition) from which an adapter may learn
+        of it."""
+        found: dict[str, dict[tuple[str, int], int]] = {}
+        key = t.meta.c.key
+        with self.db.read() as c:
+            mine = sa.or_(*(key.startswith(f"allowed/{name}/", autoescape=True) for name in (adapter, EVERYWHERE)))
+            for row in c.execute(sa.select(t.meta).where(mine)):
+                held = found.setdefault(row.key.rpartition("/")[2], {})
+                for run, partition, end in json.loads(row.value):
+                    held[run, partition] = max(end, held.get((run, partition), 0))
+        return found
 
     def forgets(self, unfinished: bool = False) -> list[Forget]:
         """Forget procedures, oldest first."""

@@ -156,7 +156,7 @@ def test_segments_are_accepted_and_discarded_by_hand(data: Path) -> None:
     assert (head["release"], head["tip"]) == (1, 1)
 
 
-def test_forget_reports_what_it_revoked(data: Path) -> None:
+def test_forget_reports_what_it_revoked(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = subject_hash(data, "nobody")
     done = as_json(data, "forget", "--subject", "nobody", "--adapter", "acme", "--request", "r1")
     assert done["stage"] == "acknowledged"
@@ -166,6 +166,9 @@ def test_forget_reports_what_it_revoked(data: Path) -> None:
     assert [forget["request_id"] for forget in as_json(data, "list")["forgets"]] == ["r1"]
     facts = as_json(data, "log", "acme")
     assert [fact["body"]["subject"] for fact in facts if fact["kind"] == "forget"] == [subject]
+    # What was sent before is to stay forgotten, and a broker that is away does not say what was.
+    assert run(data, "allow", "--subject", "nobody", "--adapter", "acme").returncode == 8
+    monkeypatch.setattr("riverdelta.registry.operations.log_ends", lambda _: {})
     assert as_json(data, "allow", "--subject", "nobody", "--adapter", "acme") == {"allowed": ["acme"]}
     assert run(data, "allow", "--subject", "nobody", "--adapter", "acme").returncode == 3
 

@@ -120,6 +120,9 @@ class MemoryLedger:
         for name in adapters:
             self.lists.get(name, set()).discard(subject)
 
+    def allowed_from(self, adapter: str) -> dict[str, dict[Where, int]]:
+        return {}
+
     def suppressed(self, adapter: str) -> frozenset[str]:
         return frozenset(self.lists.get(adapter, ()))
 
