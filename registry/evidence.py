@@ -1,6 +1,7 @@
 """What a forget's manifest says: digests of what was erased, revoked and put in its place, and what is left."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from riverdelta.core.digests import canonical_json, sha256
@@ -8,7 +9,7 @@ from riverdelta.core.settings import Settings
 from riverdelta.core.times import later, now
 
 from .kafka_retention import retention
-from .ledger import Fact, Forget, Ledger, Line
+from .ledger import Fact, Forget, Ledger, Line, VersionRecord
 
 # Acts of operators shape what is learned, and are kept when what was learned is replayed.
 _ACTS = ("rollback", "resume", "by_hand", "allow")
@@ -80,6 +81,7 @@ def finish(
     elsewhere += [_DELETED_ROWS] if not settings.ledger_url.startswith("sqlite") else []
     adapters, last = [], _issued_last(ledger)
     before = [draft["fenced_at"], *([later(last.body["purged_at"], 0.001)] if last else [])]
+    written_off = ledger.revoked_digests()
     for part in forget.body["doomed"]:
         name = part["adapter"]
         head, versions, facts = ledger.adapter(name), ledger.versions(name), ledger.facts(name)
@@ -101,7 +103,10 @@ def finish(
                 "tip": {"version": head.tip, "digest": versions[head.tip].digest if head.tip else ""},
                 "environment": versions[head.tip].fingerprint if head.tip else {},
                 "journal": _journal(facts, forget.id),
-                "residual": {"elsewhere": elsewhere, **_residual(facts)},
+                "residual": {
+                    "elsewhere": elsewhere + _in_use(versions, part["versions"], written_off),
+                    **_residual(facts),
+                },
             }
         )
     payloads = [
@@ -140,6 +145,16 @@ def _issued_last(ledger: Ledger) -> Forget | None:
     """The forget whose certificate was issued last: certificates are a chain, too."""
     issued = [held for held in ledger.forgets() if "certificate_sha" in held.body]
     return max(issued, key=lambda held: str(held.body["purged_at"]), default=None)
+
+
+def _in_use(versions: Mapping[int, VersionRecord], revoked: list[int], written_off: frozenset[str]) -> list[str]:
+    """What is said of weights that a copy had from where the subject was not forgotten."""
+    clean = written_off | {version.digest for version in versions.values() if not version.revoked}
+    return [
+        f"the weights of {versions[number].adapter}@{number}, in use in an adapter in which nobody was to be forgotten"
+        for number in revoked
+        if versions[number].digest not in clean
+    ]
 
 
 def _residual(facts: list[Fact]) -> dict[str, Any]:

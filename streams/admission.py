@@ -153,7 +153,7 @@ class Admission:
         self._curate = curate
         self._feedback = feedback
         self._dedupe = dedupe
-        self._revoked = revoked
+        self.revoked = revoked
         self._window = {event: index for index, event in recent if event}
         self._loaded = dict(consumed)  # what earlier runs have decided
         self._consumed = dict(consumed)  # what the ledger has recorded
@@ -167,6 +167,11 @@ class Admission:
     def idle(self) -> bool:
         """Nothing here that the ledger does not have."""
         return not self.open and not len(self.joins)
+
+    @property
+    def writers(self) -> set[str]:
+        """The versions that wrote what is open."""
+        return {entry.written_by for entry in self.open if entry.written_by}
 
     @property
     def remembered(self) -> int:
@@ -298,7 +303,7 @@ class Admission:
         return bool(known) and any(offset < known[who].get(where, 0) for who in subjects if who in known)
 
     def _is_barred(self, entry: OpenEntry) -> bool:
-        if not self.suppressed.isdisjoint(entry.subjects) or entry.written_by in self._revoked:
+        if not self.suppressed.isdisjoint(entry.subjects) or entry.written_by in self.revoked:
             return True
         # Of a pair each was looked at when it came.
         return entry.partner is None and self._came_before(entry.subjects, entry.where, entry.offset)
@@ -382,7 +387,7 @@ class Admission:
         """Learn nothing of these subjects, nor of what revoked versions wrote; the number of entries erased."""
         self.suppressed = suppressed
         self._allowed_from = allowed_from
-        self._revoked = revoked
+        self.revoked = revoked
         self.epoch = epoch
         erased = 0
         for entry in self.open:

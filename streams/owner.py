@@ -163,8 +163,10 @@ class Owner:
 
     def _may_be_barred(self, state: Admission, item: Item) -> bool:
         return (
-            bool(state.suppressed) and not state.suppressed.isdisjoint(item.subjects)
-        ) or item.digest in self.revoked
+            (bool(state.suppressed) and not state.suppressed.isdisjoint(item.subjects))
+            or item.digest in self.revoked
+            or item.digest in state.revoked
+        )
 
     # -- the ledger's view -----------------------------------------------------------------------------------------
 
@@ -220,7 +222,8 @@ class Owner:
         _check_not_restored(head.next_index, state)
         suppressed = self._ledger.suppressed(state.name)  # first: who is allowed in between is so from some offset on
         allowed_from = self._ledger.allowed_from(state.name)
-        return state.suppress(suppressed, self._ledger.revoked_digests(), head.epoch, allowed_from)
+        revoked = self._ledger.revoked_digests() | self._ledger.tainted(state.name, state.writers)
+        return state.suppress(suppressed, revoked, head.epoch, allowed_from)
 
     def start_at(self, fence: int) -> None:
         """Under a lease just taken: read anew whatever is in memory; nothing else remains of the fences so far."""

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,9 +14,10 @@ from riverdelta.core.times import now
 
 from . import decisions
 from . import tables as t
-from .decisions import Change, Versions
+from .decisions import Change
 from .journal import EVERYWHERE, chunks
 from .lending import Lending
+from .reach import Reach, Reaching
 from .records import AdapterRecord, Forget, Outcome, Stage
 from .rows import adapter_of, forget_of
 
@@ -24,19 +25,7 @@ _ORDER = list(Stage)
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass
-class _Reach:
-    """How far a forget reaches into one adapter: the segments that hold erased entries, the imported versions that are
-    copies of what saw such, and the versions that saw either."""
-
-    head: AdapterRecord
-    versions: Versions
-    touched: set[int] = field(default_factory=set)
-    copies: set[int] = field(default_factory=set)
-    dirty: set[int] = field(default_factory=set)
-
-
-class Forgetting(Lending):
+class Forgetting(Lending, Reaching):
     """Forget procedures and suppression lists. Subjects are given as keyed hashes."""
 
     def forget(
@@ -53,13 +42,14 @@ class Forgetting(Lending):
     ) -> Forget:
         """The fence: suppress, raise epochs, revoke, move releases, all in one transaction.
 
-        `adapters` None means every adapter, those to come included. An adapter that is not named is drawn in where it
-        learned from text that a version revoked here wrote. `asked` says where a message that asked for it lies (topic,
-        incarnation, partition, offset). With `until`, servers answer with the releases that they have until their
-        rebuild, or that time at the latest. A request id seen before changes nothing and gives the procedure as it
-        stands; `Conflict` where that was about somebody else, or did not name all of these adapters, or a `receipt` has
-        been written for one that is to begin now. An adapter that does not exist is `NotFound`; `ahead` suppresses by
-        its name, for when it is made.
+        `adapters` None means every adapter, those to come included. In an adapter that is named, all goes that has
+        learned from the subject, even where the subject came in by another: a copy of that one's weights, text that it
+        wrote. One that is not named is drawn in where it has learned so from a version revoked here. `asked` says where
+        a message that asked for it lies (topic, incarnation, partition, offset). With `until`, servers answer with the
+        releases that they have until their rebuild, or that time at the latest. A request id seen before changes
+        nothing and gives the procedure as it stands; `Conflict` where that was about somebody else, or did not name all
+        of these adapters, or a `receipt` has been written for one that is to begin now. An adapter that does not exist
+        is `NotFound`; `ahead` suppresses by its name, for when it is made.
         """
         if not request or len(request) > 128 or not request.isprintable():
             raise BadInput(
@@ -81,7 +71,11 @@ class Forgetting(Lending):
                     )
                 return self._again(c, stands, asked)
             heads = self._heads(c, adapters, missing=ahead)
-            reaches, writers = self._reach(c, subject, heads)
+            reaches, writers = seen, wrote = self._reach(c, self._mentioning(c, {subject}))
+            if not seen.keys() <= heads.keys():
+                segments = [(name, each) for name in seen.keys() & heads.keys() for each in seen[name].touched]
+                copies = [(name, each) for name in seen.keys() & heads.keys() for each in seen[name].copies]
+                reaches, writers = self._reach(c, segments, copies)
             lent = self._lend(c, reaches, bool(until))
             heads = self._heads(c, adapters, missing=ahead)  # calling loans in moves heads
             at, fence = now(), self._last_fence(c) + 1
@@ -89,7 +83,7 @@ class Forgetting(Lending):
             about = {"request": request, "subject": subject, **({"until": until} if lent else {"fenced_at": at})}
             doomed = []
             for name, reach in sorted(reaches.items()):
-                mentions = {subject} | writers if name in heads else writers
+                mentions = {subject} | wrote if name in heads else writers
                 more = {"lent": lent[name][0]} if name in lent else {}
                 more |= {} if name in heads else {"drawn_in": True}  # the subject is not suppressed there
                 doomed.append(self._forget_one(c, reach, mentions, {**about, **more}, actor, reason))
@@ -103,7 +97,9 @@ class Forgetting(Lending):
             for name in sorted(set(adapters)) if adapters is not None else [EVERYWHERE]:
                 self._suppress(c, name, subject)
             digests = {digest for part in doomed for digest in part["digests"]}
-            digests = self._only_revoked(c, digests) - {digest for _, digest in lent.values()}
+            # Even those that a clean version elsewhere has: servers free them again for that one once nothing else is
+            # on its way.
+            digests -= {digest for _, digest in lent.values()}
             c.execute(t.fences.insert().values(number=fence, at=at, digests=sorted(digests)))
             forget = Forget(
                 request,
@@ -133,7 +129,7 @@ class Forgetting(Lending):
         c.execute(t.forgets.update().where(t.forgets.c.id == held.id).values(body=held.body))
         return held
 
-    def _lend(self, c: sa.Connection, reaches: dict[str, _Reach], lending: bool) -> dict[str, tuple[int, str]]:
+    def _lend(self, c: sa.Connection, reaches: dict[str, Reach], lending: bool) -> dict[str, tuple[int, str]]:
         """The versions that servers keep for a while, and their digests. Those that are on loan already stay so, or are
         called in where this forget concerns them and lends nothing."""
         loans = {name: loan for name, loan in self._loans(c).items() if name in reaches}
@@ -155,42 +151,10 @@ class Forgetting(Lending):
             return {row.name: adapter_of(row) for row in rows if names is None or row.name in names}
         return {name: self._adapter(c, name, lock=True) for name in sorted(set(names))}
 
-    def _reach(self, c: sa.Connection, subject: str, names: Collection[str]) -> tuple[dict[str, _Reach], set[str]]:
-        """The segments that hold the subject or, to a fixed point, text that a version written off here wrote, and the
-        imported versions that are copies of one; with the digests that only those versions have."""
-        reaches: dict[str, _Reach] = {}
-
-        def reach_into(name: str) -> _Reach:
-            if name not in reaches:
-                reaches[name] = _Reach(self._adapter(c, name, lock=True), self._versions(c, name))
-            return reaches[name]
-
-        found = [pair for pair in self._mentioning(c, {subject}) if pair[0] in names]
-        writers: set[str] = set()
-        while True:
-            for name, segment in found:
-                reach_into(name).touched.add(segment)
-            for reach in reaches.values():
-                reach.dirty = decisions.dirty_versions(reach.versions, reach.touched, reach.copies)
-            digests = {reach.versions[v].digest for reach in reaches.values() for v in reach.dirty}
-            if copies := self._copies(c, digests, reaches):
-                for name, number in copies:
-                    reach_into(name).copies.add(number)
-                found = []
-                continue
-            writers = self._only_revoked(c, digests, {name: reach.dirty for name, reach in reaches.items()})
-            found = [
-                (name, segment)
-                for name, segment in self._mentioning(c, writers)
-                if name not in reaches or segment not in reaches[name].touched
-            ]
-            if not found:
-                return reaches, writers
-
     def _forget_one(
         self,
         c: sa.Connection,
-        reach: _Reach,
+        reach: Reach,
         mentions: set[str],
         about: Mapping[str, Any],
         actor: str,
@@ -227,28 +191,6 @@ class Forgetting(Lending):
             "rebuild": [segment.number for segment in change.segments],
             "clean": {"version": clean, "digest": versions[clean].digest if clean else ""},
         }
-
-    def _copies(
-        self, c: sa.Connection, digests: Collection[str], reaches: Mapping[str, _Reach]
-    ) -> list[tuple[str, int]]:
-        """The imported versions that have one of these digests and are not written off yet."""
-        v = t.versions.c
-        return [
-            (name, number)
-            for chunk in chunks(sorted(digests))
-            for name, number in c.execute(
-                sa.select(v.adapter, v.number).where(v.segment.is_(None), v.digest.in_(chunk))
-            )
-            if name not in reaches or number not in reaches[name].dirty
-        ]
-
-    def _mentioning(self, c: sa.Connection, mentions: Iterable[str]) -> list[tuple[str, int]]:
-        m = t.mentions.c
-        return [
-            (name, segment)
-            for chunk in chunks(sorted(mentions))
-            for name, segment in c.execute(sa.select(m.adapter, m.segment).where(m.mention.in_(chunk)))
-        ]
 
     def _suppress(self, c: sa.Connection, adapter: str, subject: str) -> None:
         self.db.put(c, t.suppressions, {"adapter": adapter, "subject": subject}, {"since": now()}, replace=False)

@@ -59,7 +59,7 @@ class Lending(Leases):
             return
         digests = {digest for each in ended for _, digest in held[each].body["lent"].values()}
         fence, at = self._last_fence(c) + 1, now()
-        c.execute(t.fences.insert().values(number=fence, at=at, digests=sorted(self._only_revoked(c, digests))))
+        c.execute(t.fences.insert().values(number=fence, at=at, digests=sorted(digests)))
         for each in sorted(ended):
             body = {**held[each].body, "fenced_at": at}
             moved = t.forgets.update().where(t.forgets.c.id == each)

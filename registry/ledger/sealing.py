@@ -12,7 +12,8 @@ from riverdelta.core.times import now
 from . import decisions
 from . import tables as t
 from .database import upsert
-from .journal import Journal, chunks, fact_rows
+from .journal import chunks, fact_rows
+from .reach import Reaching
 from .records import AdapterRecord, Cause, Manifest, Outcome, SegmentRecord
 from .rows import adapter_of
 
@@ -50,7 +51,7 @@ class Seal:
     root: str = ""
 
 
-class Sealing(Journal):
+class Sealing(Reaching):
     """Appending to adapters' logs."""
 
     def seal(
@@ -67,8 +68,12 @@ class Sealing(Journal):
             for names in chunks(sorted({seal.adapter for seal in seals})):
                 self._read(c, batch, names)
             # An adapter that has nothing yet of what a version wrote kept its epoch when that was revoked.
-            written = {e.written_by for seal in seals for e in seal.manifest.entries if not e.tombstone} - {""}
-            batch.revoked = self._only_revoked(c, written)
+            written: dict[str, set[str]] = {}
+            for seal in seals:
+                by = {entry.written_by for entry in seal.manifest.entries if not entry.tombstone} - {""}
+                written[seal.adapter] = written.get(seal.adapter, set()) | by
+            revoked = self._only_revoked(c, set[str]().union(*written.values()))
+            batch.barred = {name: revoked | self._tainted(c, name, by) for name, by in written.items() if by}
             done = [batch.decide(seal) for seal in seals]
             self._write(c, batch)
             if look is not None:
@@ -131,7 +136,7 @@ class _Batch:
     mentions: list[tuple[str, str, int]] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
     refusals: dict[str, Exception] = field(default_factory=dict)
-    revoked: set[str] = field(default_factory=set)
+    barred: dict[str, set[str]] = field(default_factory=dict)
 
     def decide(self, seal: Seal) -> SegmentRecord | Exception:
         """The next segment of its adapter, or why not."""
@@ -150,9 +155,10 @@ class _Batch:
                 f"There is no adapter {seal.adapter[:80]}.", "`riverdelta registry list` shows those there are."
             )
         entries = seal.manifest.entries
-        if self.revoked and any(entry.written_by in self.revoked and not entry.tombstone for entry in entries):
+        barred = self.barred.get(head.name)
+        if barred and any(entry.written_by in barred and not entry.tombstone for entry in entries):
             raise StaleEpoch(
-                f"A segment of {head.name} holds what a version wrote that is revoked since.",
+                f"A segment of {head.name} holds what a version wrote that is revoked since, or saw whom it forgot.",
                 "Suppress again, then seal.",
             )
         tombstones = [entry.tombstone for entry in entries].count(True)

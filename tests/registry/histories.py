@@ -59,7 +59,8 @@ class World:
         listed = []
         for place, (subjects, writer) in enumerate(entries):
             hashes = tuple(sorted(map(keyed, subjects)))
-            gone = writer in revoked or not suppressed.isdisjoint(hashes)
+            barred = writer in revoked or self.ledger.tainted(adapter, {writer})
+            gone = bool(barred) or not suppressed.isdisjoint(hashes)
             offset = head.next_index + place
             listed.append(ManifestEntry(0, 0, offset, b"", hashes, gone, writer))
             self.contents[adapter, offset] = digest_of([adapter, offset])
@@ -196,8 +197,11 @@ def check_adapter(world: World, adapter: str) -> None:
             assert version.revoked, "nothing revoked has a clean descendant"
 
     suppressed, revoked = ledger.suppressed(adapter), ledger.revoked_digests()
-    for segment in segments:
-        for entry in ledger.manifest(adapter, segment.number).entries:
+    manifests = [ledger.manifest(adapter, segment.number) for segment in segments]
+    live = {entry.written_by for manifest in manifests for entry in manifest.entries if not entry.tombstone}
+    assert not ledger.tainted(adapter, live), "what saw a suppressed subject elsewhere is not learned from here"
+    for manifest in manifests:
+        for entry in manifest.entries:
             if not entry.tombstone:
                 assert entry.written_by not in revoked, "what a revoked version wrote is not learned"
                 assert suppressed.isdisjoint(entry.subjects), "a suppressed subject's entries are tombstones"

@@ -206,7 +206,8 @@ class LedgerMachine(RuleBasedStateMachine):
             assert (after.held is None) == (before[name].held is None)
             if name in (names or ADAPTERS):
                 assert keyed(who) in self.ledger.suppressed(name)
-        assert self.ledger.fences(forget.fence - 1)[0].digests <= self.ledger.revoked_digests()
+        doomed = {digest for part in forget.body["doomed"] for digest in part["digests"]}
+        assert self.ledger.fences(forget.fence - 1)[0].digests <= doomed
 
     @rule(pick=st.integers(0, 10))
     def repeat_a_forget(self, pick: int) -> None:

@@ -333,3 +333,23 @@ def test_a_hold_that_ends_frees_no_revoked_weights(hand, serve):
     for _ in range(40):
         assert running.answer("copy", max_tokens=1)["system_fingerprint"] != dirty
     assert running.complete("copy@1").status_code == 410
+
+
+def test_a_forget_in_a_copy_cuts_off_the_copy_and_leaves_what_it_is_a_copy_of(hand, serve):
+    """Both are the same weights: an engine cannot tell their answers apart, so for a moment both end."""
+    hand.adapter("acme")
+    hand.release("acme", ["bob"])
+    dirty = hand.release("acme", ["ann"])
+    hand.ledger.import_adapter("copy", Recipe(), dirty, {"imported": True}, "op")
+    running = serve(hand.settings)
+    events = streamed(running, "copy", max_tokens=200)
+    assert next(events)["system_fingerprint"] == dirty
+    assert forget(hand, "ann", "copy").stage == "fenced"
+    answers = [running.complete("copy"), running.complete("copy@1")]
+    assert all(dirty not in answer.text for answer in answers)
+    assert list(events)[-1]["error"]["code"] == "version_revoked"
+    eventually(lambda: running.complete("acme").status_code == 200)
+    assert running.answer("acme")["system_fingerprint"] == dirty
+    assert running.answer("acme@2")["system_fingerprint"] == dirty
+    assert running.complete("copy@1").status_code == 410
+    assert running.answer("copy")["system_fingerprint"] != dirty

@@ -129,6 +129,9 @@ class MemoryLedger:
     def revoked_digests(self) -> frozenset[str]:
         return frozenset(self.revoked)
 
+    def tainted(self, adapter: str, digests: Collection[str]) -> frozenset[str]:
+        return frozenset()
+
     def forgets(self, unfinished: bool = False) -> list[Any]:
         return list(self.procedures)
 
