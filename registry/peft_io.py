@@ -7,13 +7,14 @@ from typing import Any
 
 from riverdelta.core import weights
 from riverdelta.core.digests import sha256
-from riverdelta.core.errors import BadInput, Conflict, Corrupt, NotFound, Unsupported
+from riverdelta.core.errors import BadInput, Conflict, Corrupt, NotFound, RiverdeltaError, Unsupported
 from riverdelta.core.peft_format import check_servable
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.store import ObjectStore, weights_key
 
 from .ledger import Ledger, VersionRecord
 from .ledger.decisions import releasable
+from .written import Written
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -92,8 +93,14 @@ def import_folder(
             }
         }
     )
-    store.put(weights_key(digest), data)
-    return ledger.import_adapter(adapter, recipe, digest, {"imported": True}, actor, reason)
+    ledger.check_import(adapter, digest)  # before revoked weights lie in the store again
+    key = weights_key(digest)
+    written = Written(store, {key: data})
+    try:
+        return ledger.import_adapter(adapter, recipe, digest, {"imported": True}, actor, reason, written.look)
+    except RiverdeltaError:
+        ledger.delete_unnamed({key}, store.delete)
+        raise
 
 
 def base_linears(base: Path) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -22,6 +23,8 @@ from .records import AdapterRecord, Forget, Outcome, Stage
 from .rows import adapter_of, forget_of
 
 _ORDER = list(Stage)
+_HOLD_SECONDS = 0.25  # that deleting objects keeps others from the ledger, and one deletion more
+_YIELD_SECONDS = 0.02  # in which they come to it
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -207,14 +210,20 @@ class Forgetting(Lending, Reaching):
         """End suppression: the subject's events from each adapter's present index on may be learned again, but for
         those that lie in Kafka before the `ends` of its log, by (incarnation, partition).
 
-        Returns the adapters (or `*`) for which the subject was suppressed. A request id seen before changes nothing.
-        `Conflict` for some adapters of a subject that is suppressed for all.
+        Returns the adapters (or `*`) for which the subject was suppressed. A request id seen before changes nothing;
+        `Conflict` where that was about somebody else, and for some adapters of a subject that is suppressed for all.
         """
         s = t.suppressions.c
         with self.db.write() as c:
             self._lock_all(c)
-            if request is not None and not self._remember(c, f"allow:{request}"[:192], now())[1]:
-                return []
+            if request is not None:
+                held_for, new = self._remember(c, f"allow:{request}"[:192], subject)
+                if not new:
+                    if _HASH.fullmatch(held_for) and held_for != subject:  # an older ledger kept a time
+                        raise Conflict(
+                            f"Request {request[:80]} was about somebody else.", "Use a fresh id for each request."
+                        )
+                    return []
             held = set(c.execute(sa.select(s.adapter).where(s.subject == subject)).scalars())
             if adapters is not None and EVERYWHERE in held:
                 raise Conflict(
@@ -341,12 +350,21 @@ class Forgetting(Lending, Reaching):
 
     def delete_unnamed(self, keys: Collection[str], delete: Callable[[str], None], revoked: bool = False) -> None:
         """Delete those of these objects and keys that nothing names, while nothing can come to name them. `revoked`:
-        what only revoked versions name goes too."""
-        with self.db.write() as c:
-            if not self.db.sqlite:
-                c.execute(sa.text("LOCK TABLE segments, versions IN SHARE ROW EXCLUSIVE MODE"))
-            for key in set(keys) - self._named(c, revoked):
-                delete(key)
+        what only revoked versions name goes too.
+
+        The ledger is held for some at a time only: leases run out, and fences wait, while it is.
+        """
+        left = sorted(keys)
+        while left:
+            with self.db.write() as c:
+                if not self.db.sqlite:
+                    c.execute(sa.text("LOCK TABLE segments, versions IN SHARE ROW EXCLUSIVE MODE"))
+                named, since = self._named(c, revoked), time.monotonic()
+                while left and time.monotonic() - since < _HOLD_SECONDS:
+                    key = left.pop()
+                    if key not in named:
+                        delete(key)
+            time.sleep(_YIELD_SECONDS if left else 0.0)
 
     def _named(
         self,

@@ -107,8 +107,7 @@ class Ledger(Sealing, Claims, Forgetting, Views):
     ) -> AdapterRecord:
         check_adapter(name)
         self._lock_all(c)  # a forget of everything must not miss an adapter that is being made
-        if c.execute(sa.select(t.adapters.c.name).where(t.adapters.c.name == name)).first():
-            raise Conflict(f"The adapter {name} exists already.", f"`riverdelta registry show {name}` shows it.")
+        self._check_free(c, name)
         if cap is not None and (c.execute(sa.select(sa.func.count()).select_from(t.adapters)).scalar() or 0) >= cap:
             raise Refused(f"{cap} adapters exist, the most allowed.", "Raise streams.max_adapters in the settings.")
         record = AdapterRecord(
@@ -323,16 +322,13 @@ class Ledger(Sealing, Claims, Forgetting, Views):
         fingerprint: Mapping[str, Any],
         actor: str,
         reason: str = "",
+        look: Callable[[], None] | None = None,
     ) -> VersionRecord:
         """Make an adapter whose version 1 is weights trained elsewhere, which lie in the store already; `Refused` when
-        a forget has revoked those very weights."""
+        a forget has revoked those very weights. `look` is called last, as in `seal`."""
         with self.db.write() as c:
             head = self._create(c, name, recipe, actor, reason, None)
-            if self._only_revoked(c, {digest}):
-                raise Refused(
-                    f"The weights {digest[:12]} are revoked: they saw what was since forgotten.",
-                    "Import an adapter that did not.",
-                )
+            self._check_weights(c, digest)
             version = VersionRecord(
                 name, 1, digest, "", 0, None, 0, head.recipe_digest, (), dict(fingerprint), {}, now()
             )
@@ -343,7 +339,27 @@ class Ledger(Sealing, Claims, Forgetting, Views):
                 ("release", {"from": 0, "to": 1, "digest": digest}),
             )
             self._apply(c, head, Change(moved, facts), actor, reason)
+            if look is not None:
+                look()
         return version
+
+    def check_import(self, name: str, digest: str) -> None:
+        """`Conflict` or `Refused` where `import_adapter` would be, as things stand."""
+        check_adapter(name)
+        with self.db.read() as c:
+            self._check_free(c, name)
+            self._check_weights(c, digest)
+
+    def _check_free(self, c: sa.Connection, name: str) -> None:
+        if c.execute(sa.select(t.adapters.c.name).where(t.adapters.c.name == name)).first():
+            raise Conflict(f"The adapter {name} exists already.", f"`riverdelta registry show {name}` shows it.")
+
+    def _check_weights(self, c: sa.Connection, digest: str) -> None:
+        if self._only_revoked(c, {digest}):
+            raise Refused(
+                f"The weights {digest[:12]} are revoked: they saw what was since forgotten.",
+                "Import an adapter that did not.",
+            )
 
     def versions(self, adapter: str) -> dict[int, VersionRecord]:
         """Every version of an adapter by number, revoked ones included."""

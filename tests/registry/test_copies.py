@@ -130,3 +130,14 @@ def test_a_head_that_names_a_revoked_version_frees_no_weights(stack: Stack) -> N
     with ledger.db.write() as c:
         c.execute(sa.text("UPDATE adapters SET release = 2"))
     assert ledger.releases()["acme"] == (0, "")
+
+
+def test_an_id_that_allowed_one_subject_allows_no_other(stack: Stack) -> None:
+    acts = Operations(stack.ledger, stack.settings, "test")
+    for who in ("ann", "bob"):
+        acts.forget(who, ["acme"])
+    assert acts.allow("ann", ["acme"], request="x") == ["acme"]
+    assert acts.allow("ann", ["acme"], request="x") == [], "repeated"
+    with pytest.raises(Conflict, match="somebody else"):
+        acts.allow("bob", ["acme"], request="x")
+    assert acts.allow("bob", ["acme"], request="y") == ["acme"]

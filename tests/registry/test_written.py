@@ -1,17 +1,24 @@
 """What a collector takes from a writer that slept is written again before anything names it."""
 
+import threading
+import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from riverdelta.core.errors import Unavailable
+from riverdelta.core import weights as weights_file
+from riverdelta.core.errors import Conflict, Refused, Unavailable
 from riverdelta.core.recipe import Recipe
-from riverdelta.core.store import ObjectStore
+from riverdelta.core.settings import Settings
+from riverdelta.core.store import ObjectStore, weights_key
 from riverdelta.registry import gc, written
 from riverdelta.registry.keystore import KeyStore
-from riverdelta.registry.ledger import Ledger, Manifest, ManifestEntry, Seal
+from riverdelta.registry.ledger import Ledger, Manifest, ManifestEntry, Seal, VersionRecord
+from riverdelta.registry.peft_io import export_version, import_folder, write_peft_folder
 from riverdelta.registry.written import Written
+from tests.registry.stack import Stack, two_versions
 
 KEY = "segments/acme/1.seg"
 
@@ -41,3 +48,68 @@ def test_a_slow_writer_finds_out_and_the_ledger_names_nothing(tmp_path: Path, mo
     assert store.exists(KEY)
     assert keys.get("ring") == bytes(32)
     ledger.close()
+
+
+LINEARS = {"model.layers.0.self_attn.q_proj": (64, 64)}
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Stack:
+    return two_versions(Settings(data=tmp_path / "data"))
+
+
+def bring(stack: Stack, name: str, folder: Path) -> VersionRecord:
+    return import_folder(stack.ledger, stack.store, name, folder, LINEARS, "test")
+
+
+def test_an_import_that_is_refused_leaves_nothing_in_the_store(stack: Stack, tmp_path: Path) -> None:
+    dirty = stack.ledger.version("acme", 2).digest
+    export_version(stack.ledger, stack.store, "acme", 2, tmp_path / "out")
+    stack.ledger.forget("r", stack.key.subject("ann"), ["acme"], "test")
+    stack.ledger.mark_purged("acme", [2])
+    stack.store.delete(weights_key(dirty))
+    for name, error in (("again", Refused), ("acme", Conflict)):
+        with pytest.raises(error):
+            bring(stack, name, tmp_path / "out")
+        assert not stack.store.exists(weights_key(dirty))
+    assert list(stack.ledger.heads()) == ["acme"]
+
+
+def test_an_import_names_no_weights_that_were_just_collected(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, tensors = weights_file.decode(stack.store.get(weights_key(stack.ledger.version("acme", 1).digest)))
+    data, digest = weights_file.encode({**config, "lora_alpha": 7}, tensors)
+    write_peft_folder(tmp_path / "in", data, digest)
+    real = stack.ledger.import_adapter
+
+    def collected(*given: Any) -> VersionRecord:
+        stack.ledger.delete_unnamed({weights_key(digest)}, stack.store.delete)
+        return real(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stack.ledger, "import_adapter", collected)
+        with pytest.raises(Unavailable):
+            bring(stack, "mine", tmp_path / "in")
+    assert list(stack.ledger.heads()) == ["acme"]
+    assert stack.store.exists(weights_key(bring(stack, "mine", tmp_path / "in").digest))
+
+
+def test_others_come_to_the_ledger_while_much_is_collected_from_a_slow_store(stack: Stack) -> None:
+    orphans = [f"weights/{number}" for number in range(60)]
+    stack.ledger.take_lease("server", "server", 10.0)
+    began = threading.Event()
+
+    def slow(key: str) -> None:
+        began.set()
+        time.sleep(0.05)
+
+    collecting = threading.Thread(target=stack.ledger.delete_unnamed, args=(orphans, slow))
+    collecting.start()
+    assert began.wait(10)
+    since = time.monotonic()
+    stack.ledger.renew_lease("server", 0)
+    stack.ledger.forget("r", stack.key.subject("ann"), ["acme"], "test")
+    assert collecting.is_alive()
+    assert time.monotonic() - since < 2.0
+    collecting.join()
