@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from riverdelta.kernels import native
+from riverdelta.kernels.cpu_timing import cpu_seconds
 
 Mode = Literal["fp32", "bf16", "fp16w", "torch"]
 """fp32: oneDNN, a row's bits independent of the others. bf16: for CPUs with bf16 arithmetic, by
-tiles (AMX) where the CPU has them and the shape fits, else oneDNN. fp16w: FBGEMM,
+`native.product` where the CPU and the shape fit it, else oneDNN. fp16w: FBGEMM,
 half-precision weights and fp32 activations. torch: `torch.nn.functional.linear`, unpacked."""
 
 
@@ -29,7 +30,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.mode = mode
         self.dtype = torch.bfloat16 if mode == "bf16" else torch.float32
-        self.tiled = mode == "bf16" and native.fits_product(*weight.shape)
+        self.compiled = mode == "bf16" and native.fits_product(*weight.shape)
         """Whether `weight` and `bias` are as `native.product` takes them."""
         self.weight: object
         weight = weight.detach()
@@ -38,13 +39,13 @@ class PackedLinear(nn.Module):
             self.weight = torch.ops.quantized.linear_prepack_fp16(
                 weight.float(), None if bias is None else bias.float()
             )
-        elif self.tiled:
+        elif self.compiled:
             self.weight = native.pack(weight)
         elif mode in ("fp32", "bf16"):
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous())
         else:
             self.weight = weight.to(self.dtype)
-        self.bias = None if bias is None else bias.to(torch.float32 if self.tiled else self.dtype)
+        self.bias = None if bias is None else bias.to(torch.float32 if self.compiled else self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -54,7 +55,7 @@ class PackedLinear(nn.Module):
             return cast(Tensor, torch.ops.quantized.linear_dynamic_fp16(x, self.weight))
         if self.mode == "torch":
             return nn.functional.linear(x, cast(Tensor, self.weight), self.bias)
-        if self.tiled:
+        if self.compiled:
             return native.product(x, cast(Tensor, self.weight), self.bias)
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], ""))
 
@@ -67,8 +68,7 @@ def has_bf16() -> bool:
 def choose_backend(shapes: list[tuple[int, int]], rows: int = 32, *, exact: bool = False) -> Mode:
     """The fastest mode for linears of these (out, in) shapes at `rows` rows, by a measurement of about a second.
 
-    The modes take turns, and each keeps its best time: other work on the machine delays them alike. `exact`: fp32 whose
-    rows do not depend on their batch mates; nothing is measured.
+    `exact`: fp32 whose rows do not depend on their batch mates; nothing is measured.
     """
     if exact:
         return "fp32"
@@ -85,15 +85,7 @@ def choose_backend(shapes: list[tuple[int, int]], rows: int = 32, *, exact: bool
 
 def _measure(modes: list[Mode], out: int, into: int, rows: int) -> dict[Mode, float]:
     weight, x = torch.randn(1, into).expand(out, into).contiguous(), torch.randn(rows, into)
-    layers = {mode: (layer := PackedLinear(weight, None, mode), x.to(layer.dtype)) for mode in modes}
-    best = dict.fromkeys(modes, float("inf"))
-    started, runs = time.perf_counter(), 0
+    layers = [PackedLinear(weight, None, mode) for mode in modes]
     with torch.inference_mode():
-        # Other work on the machine can hold up every one of a few runs: small products get many.
-        while runs < _LEAST_RUNS or time.perf_counter() - started < _SHAPE_SECONDS:
-            runs += 1
-            for mode, (layer, given) in layers.items():
-                begin = time.perf_counter()
-                layer(given)
-                best[mode] = min(best[mode], time.perf_counter() - begin)
-    return best
+        calls = [partial(layer, x.to(layer.dtype)) for layer in layers]
+        return dict(zip(modes, cpu_seconds(calls, _LEAST_RUNS, _SHAPE_SECONDS), strict=True))

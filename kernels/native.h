@@ -1,6 +1,6 @@
 /* Vectors of bf16 and fp32, and what the files here call of each other.
  *
- * Vectors are the compiler's own (`vector_size`), so nothing here names an instruction set, but for one product where
+ * Vectors are the compiler's own (`vector_size`), so nothing here names an instruction set, but for products where
  * avx512_bf16 halves the work. A function named `..._rows` is called by every thread of a parallel region, shares its
  * work among them and returns when all of it is done.
  */
@@ -16,6 +16,9 @@
 #endif
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__)
 #define HAS_TILES
+#endif
+#if defined(HAS_TILES) || defined(__AVX512BF16__)
+#define HAS_PRODUCTS
 #endif
 
 #define LANES 16
@@ -148,6 +151,11 @@ static inline void tiles_on(void) {
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
     _tile_loadconfig(&config);
 }
+
+static inline void tiles_off(void) { _tile_release(); }
+#else
+static inline void tiles_on(void) {}
+static inline void tiles_off(void) {}
 #endif
 
 void rotate_rows(const bf16 *qkv, int64_t stride, const attention *to, const sequences *at, bf16 *q);

@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -75,12 +76,19 @@ def available() -> bool:
     return _library() is not None
 
 
+Products = Literal["tiles", "vectors"]
+
+
 @cache
-def has_tiles() -> bool:
-    """Whether this CPU multiplies by tiles (AMX), and the operators here that need it can be called."""
+def products() -> Products | None:
+    """What this CPU multiplies bf16 by in `product` and `Layer`: tiles (AMX) or vectors (avx512_bf16); None where it has
+    neither, or they cannot be called."""
     library = _library()
+    kind = library.products() if library is not None else 0
     # The kernel grants a process its tiles when it asks.
-    return library is not None and bool(library.has_tiles()) and bool(torch.cpu._init_amx())
+    if kind == 1 and torch.cpu._init_amx():
+        return "tiles"
+    return "vectors" if kind == 2 else None
 
 
 @cache
@@ -105,13 +113,13 @@ def _library() -> ctypes.CDLL | None:
     library.gated.argtypes = [_pointer, _pointer, _size, _size, _flag, _flag]
     library.lora.argtypes = [_pointer, _size, *[_pointer] * 3, _size, _flag]
     names = ["rms_norm", "rotate", "attend", "gated", "lora"]
-    if library.has_tiles():
+    if library.products():
         library.product.argtypes = [_pointer, _size, *[_pointer] * 3, *[_size] * 3, _flag]
         library.decode.argtypes = [*[_pointer] * 5, _flag]
         names += ["product", "decode"]
     for name in names:
         getattr(library, name).restype = None
-    if library.has_tiles():
+    if library.products() == 1:
         library.screen.argtypes = [
             _pointer,
             _pointer,
@@ -213,7 +221,7 @@ def lora(x: Tensor, pool: LoraPool, tiles: Tensor, out: Tensor) -> None:
 
 def fits_product(out_features: int, in_features: int) -> bool:
     """Whether `product` can do such weights here."""
-    return has_tiles() and out_features % 32 == 0 and in_features % 32 == 0
+    return products() is not None and out_features % 32 == 0 and in_features % 32 == 0
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -242,7 +250,7 @@ SCREEN_ROWS = 32
 
 def fits_screen(vocab: int, width: int) -> bool:
     """Whether `screen` can do such a head here."""
-    return has_tiles() and vocab % 16 == 0 and width % 64 == 0
+    return products() == "tiles" and vocab % 16 == 0 and width % 64 == 0
 
 
 def pack_bytes(weight: Tensor) -> Tensor:

@@ -1,22 +1,24 @@
-/* Products by tiles (AMX), and a decode step's whole layer in one call.
+/* Products by tiles (AMX) or by vectors (avx512_bf16), and a decode step's whole layer in one call.
  *
  * A row's result depends on that row alone: its sums go in one order whatever rows there are.
  */
 
 #include "native.h"
 
-#ifdef HAS_TILES
+#ifdef HAS_PRODUCTS
 
-#define WIDE 32 /* columns a piece of work: two tiles */
+#define WIDE 32 /* columns a piece of work: two tiles, or vectors */
 #define APART 32 /* more than a row's values from row to row of a left operand: rows of 2 or 4 KiB share a cache set */
+
+/* out[row] = x[row] W^T + bias. `x` has rows up to a multiple of 16, whatever they hold. `packed`: for every 16 columns,
+ * their weights in tiles of 16 pairs of inputs by 16 columns. Returns before the other threads are done. */
+#ifdef HAS_TILES
 
 /* Ask for what is 8 KiB further on. Weights pass by: what they are multiplied with should stay in the first cache. */
 static inline void ahead(const bf16 *tile) {
     for (int line = 0; line < 16; line++) __builtin_prefetch(tile + 4096 + 32 * line, 0, 2);
 }
 
-/* out[row] = x[row] W^T + bias. `x` has rows up to a multiple of 16, whatever they hold. `packed`: for every 16 columns,
- * their weights in tiles of 16 pairs of inputs by 16 columns. Returns before the other threads are done. */
 static void product_part(const bf16 *x, int64_t x_stride, const bf16 *packed, const float *bias, bf16 *out,
                          int64_t out_stride, int64_t rows, int64_t n, int64_t k) {
     float sums[4][16][16] __attribute__((aligned(64)));
@@ -65,13 +67,74 @@ static void product_part(const bf16 *x, int64_t x_stride, const bf16 *packed, co
     }
 }
 
+#else
+
+#define ROWS 8 /* at once: two sums each, and the weights of a step, leave no vector unused for long */
+
+/* Pairs of a row's inputs times those of 32 columns, from first to last: the same order however many `rows` there are. */
+static inline __attribute__((always_inline)) void block(const bf16 *x, int64_t x_stride, const bf16 *left,
+                                                        const bf16 *right, const float *bias, bf16 *out,
+                                                        int64_t out_stride, int64_t k, int rows) {
+    __m512 near[ROWS], far[ROWS];
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) near[row] = far[row] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < k; i += 2) {
+        __m512bh one = (__m512bh)_mm512_loadu_si512(left + 16 * i), other = (__m512bh)_mm512_loadu_si512(right + 16 * i);
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; row++) {
+            int32_t pair;
+            memcpy(&pair, x + row * x_stride + i, 4);
+            __m512bh given = (__m512bh)_mm512_set1_epi32(pair);
+            near[row] = _mm512_dpbf16_ps(near[row], given, one);
+            far[row] = _mm512_dpbf16_ps(far[row], given, other);
+        }
+    }
+    vec first = bias ? load(bias) : splat(0), second = bias ? load(bias + 16) : splat(0);
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) {
+        narrow(out + row * out_stride, (vec)near[row] + first);
+        narrow(out + row * out_stride + 16, (vec)far[row] + second);
+    }
+}
+
+static void product_part(const bf16 *x, int64_t x_stride, const bf16 *packed, const float *bias, bf16 *out,
+                         int64_t out_stride, int64_t rows, int64_t n, int64_t k) {
+#pragma omp for schedule(static) nowait
+    for (int64_t column = 0; column < n; column += WIDE) {
+        const bf16 *left = packed + column * k, *right = left + 16 * k;
+        const float *add = bias ? bias + column : 0;
+        for (int64_t row = 0; row < rows; row += ROWS) {
+            const bf16 *from = x + row * x_stride;
+            bf16 *to = out + row * out_stride + column;
+#define OF(count) \
+    case count: \
+        block(from, x_stride, left, right, add, to, out_stride, k, count); \
+        break
+            switch (rows - row) { /* sums are registers only where their number is known */
+                OF(1);
+                OF(2);
+                OF(3);
+                OF(4);
+                OF(5);
+                OF(6);
+                OF(7);
+            default:
+                block(from, x_stride, left, right, add, to, out_stride, k, ROWS);
+            }
+#undef OF
+        }
+    }
+}
+
+#endif
+
 void product(const bf16 *x, int64_t x_stride, const bf16 *packed, const float *bias, bf16 *out, int64_t rows, int64_t n, int64_t k,
              int threads) {
 #pragma omp parallel num_threads(threads)
     {
         tiles_on();
         product_part(x, x_stride, packed, bias, out, n, rows, n, k);
-        _tile_release();
+        tiles_off();
     }
 }
 
@@ -155,15 +218,18 @@ void decode(const decoder_layer *l, const sequences *at, const tiles *tile, floa
         gated_rows(in->wide, in->x, l->down.adapters.in + APART, rows, l->down.adapters.in, l->activation);
         site_rows(in->x, &l->down, tile, in->wide, rows);
         join_rows(hidden, in->wide, &l->after_mlp, 0, 0, rows, l->hidden);
-        _tile_release();
+        tiles_off();
     }
 }
 
 #endif
 
-int has_tiles(void) {
-#ifdef HAS_TILES
+/* How products are made here: 1 by tiles, 2 by vectors, 0 not at all. */
+int products(void) {
+#if defined(HAS_TILES)
     return 1;
+#elif defined(HAS_PRODUCTS)
+    return 2;
 #else
     return 0;
 #endif

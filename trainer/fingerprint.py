@@ -15,6 +15,7 @@ from riverdelta.kernels import native
 from .base import Base
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "datasketch", "py3langid", "river", "riverdelta")
+_PRODUCTS: dict[native.Products | None, int] = {None: 0, "tiles": 1, "vectors": 2}
 
 
 def fingerprint(base: Base) -> dict[str, str | int]:
@@ -25,8 +26,8 @@ def fingerprint(base: Base) -> dict[str, str | int]:
         "device": _device(base.device),
         "threads": base.threads,
         "dtype": base.dtype,
-        # Where a compiler is missing, a library does these products, and sums in another order.
-        "tiles": int(base.device.type == "cpu" and base.dtype == "bfloat16" and native.has_tiles()),
+        # Tiles, vectors and the library that serves where a compiler is missing sum in other orders.
+        "tiles": _PRODUCTS[native.products()] if base.device.type == "cpu" and base.dtype == "bfloat16" else 0,
         **{name: _version(name) for name in _PACKAGES},
     }
 

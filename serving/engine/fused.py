@@ -183,7 +183,7 @@ def fuse_mlps(model: nn.Module) -> int:
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer in one call, for a CPU that multiplies by tiles; by its modules in steps that see much."""
+    """A decoder layer in one call, for a CPU with products of ours; by its modules in steps that see much."""
 
     def __init__(self, inner: Any, runtime: Runtime) -> None:
         """`inner`: the layer replaced, its parts fused. Raises `TypeError` if it is not made of them."""
@@ -252,8 +252,8 @@ def _norm(module: nn.Module) -> native.Norm:
 
 def _site(site: LoraSite) -> native.Site:
     packed = site.linear.inner
-    if not (isinstance(packed, PackedLinear) and packed.tiled and isinstance(packed.weight, Tensor)):
-        raise TypeError("a product that is not by tiles")
+    if not (isinstance(packed, PackedLinear) and packed.compiled and isinstance(packed.weight, Tensor)):
+        raise TypeError("a product of a library")
     return native.Site(packed.weight, packed.bias, site.pool)
 
 

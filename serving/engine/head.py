@@ -6,19 +6,19 @@ that could be the best: the result is the argmax of the fp32 product, which bf16
 Smoothing after SmoothQuant (Xiao et al. 2023).
 """
 
-import time
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from riverdelta.kernels import native
+from riverdelta.kernels.cpu_timing import cpu_seconds
 
 from .linears import Frozen
 
 _CHUNK = 65536  # vocabulary rows a product: its scores stay in the last-level cache until they are reduced
 _BLOCK = 64  # tokens that are ruled out together
+_RUNS = 5  # of the screen and of all scores, to see which is faster
 _MOST, _MOST_GROUPS = 512, 128  # a row's tokens, or groups of 16, that are worth checking
 
 
@@ -199,19 +199,9 @@ def screened_head(weight: Tensor, sample: Tensor, full: Frozen, rows: int) -> Sc
     if tokens is None or not torch.allclose((x.float() * weight[tokens].float()).sum(1), best, rtol=1e-5, atol=1e-5):
         return None
     reduced = x.to(full.dtype)
-    return screen if _faster(lambda: screen.greedy(x), lambda: argmax(full(reduced))) else None
+    screening, scoring = cpu_seconds([lambda: screen.greedy(x), lambda: argmax(full(reduced))], _RUNS, 0.0)
+    return screen if screening < scoring else None
 
 
 def _by_block(per_token: Tensor) -> Tensor:
     return per_token.view(-1, _BLOCK).amax(1)
-
-
-def _faster(call: Callable[[], object], other: Callable[[], object]) -> bool:
-    """Whether `call` takes less time than `other`: the best of interleaved runs, as another process may interfere."""
-    best = [float("inf")] * 2
-    for _ in range(5):
-        for n, run in enumerate((call, other)):
-            begin = time.perf_counter()
-            run()
-            best[n] = min(best[n], time.perf_counter() - begin)
-    return best[0] < best[1]
