@@ -28,6 +28,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.machine import cpu
 from riverdelta.app.gemma import gemma_folder
 
 REQUESTS, PROMPT, ANSWER, ADAPTERS, RANK = 32, 16, 64, 16, 16
@@ -172,7 +173,7 @@ def main() -> None:
     result["tax_16"] = round(speeds["ours_base"] / speeds["ours_16"] - 1, 3)
     capability = torch.backends.cpu.get_cpu_capability()
     where = {
-        "cpu": capability,
+        "cpu": f"{cpu()} ({capability})",
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -190,7 +191,9 @@ def main() -> None:
             "all": {n: [round(REQUESTS * ANSWER / r["seconds"], 1) for r in rounds] for n, rounds in found.items()},
             **result,
         }
-        (RESULTS / f"serving_{chosen.peer}.json").write_text(json.dumps(kept, indent=1) + "\n")
+        # Tiles make another machine of a CPU: its figures are kept apart.
+        name = f"serving_{chosen.peer}" + ("" if "amx_tile" in flags else "_without_amx")
+        (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
     print(json.dumps(result))
 
 

