@@ -81,8 +81,8 @@ Products = Literal["tiles", "vectors"]
 
 @cache
 def products() -> Products | None:
-    """What this CPU multiplies bf16 by in `product` and `Layer`: tiles (AMX) or vectors (avx512_bf16). None: by neither,
-    or they cannot be called."""
+    """What `product` and `Layer` multiply bf16 by on this CPU: tiles (AMX) or vectors (avx512_bf16). None: they cannot
+    be called."""
     library = _library()
     kind = library.products() if library is not None else 0
     # The kernel grants a process its tiles when it asks.
