@@ -16,14 +16,16 @@ def log_ends(settings: Settings) -> dict[tuple[str, int], int]:
         return {}
     from kafka import TopicPartition
     from kafka.admin import OffsetSpec
-    from kafka.errors import KafkaError
+    from kafka.errors import KafkaError, UnknownTopicOrPartitionError
 
     name = settings.topics.events
     try:
         with admin(settings) as client:
             [topic] = client.describe_topics([name])
-            if topic["error_code"]:
+            if topic["error_code"] == UnknownTopicOrPartitionError.errno:
                 return {}
+            if topic["error_code"]:
+                raise ValueError(f"error {topic['error_code']}")
             places = [TopicPartition(name, part["partition_index"]) for part in topic["partitions"]]
             found = client.list_partition_offsets(dict.fromkeys(places, OffsetSpec.LATEST))
     except (KafkaError, OSError, ValueError, KeyError) as error:

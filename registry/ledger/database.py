@@ -89,7 +89,8 @@ class Database:
             insert = insert.on_conflict_do_update(index_elements=list(key), set_=dict(values))
         else:
             insert = insert.on_conflict_do_nothing(index_elements=list(key))
-        return bool(connection.execute(insert).rowcount > 0)
+        # Not the count of rows: PostgreSQL's driver does not know it.
+        return connection.execute(insert.returning(*(table.c[name] for name in key))).first() is not None
 
     def append(self, connection: sa.Connection, table: sa.Table, rows: Sequence[tuple[Any, ...]]) -> None:
         """Insert rows, given in the order of the table's columns: the driver's own way, for where there are many."""

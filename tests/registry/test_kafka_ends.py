@@ -4,9 +4,11 @@ import pytest
 from confluent_kafka import TopicCollection
 from confluent_kafka.admin import AdminClient
 from kafka import KafkaProducer
+from kafka.errors import TopicAuthorizationFailedError
 
 from riverdelta.core.errors import Unavailable
 from riverdelta.core.settings import Kafka, Settings
+from riverdelta.registry import kafka_ends
 from riverdelta.registry.kafka_ends import log_ends
 from riverdelta.streams.topics import ensure
 from tests.brokers import Broker
@@ -29,6 +31,22 @@ def test_the_log_ends_after_what_was_sent(settings: Settings, broker_process: Br
 
 
 def test_a_cluster_that_is_away_does_not_say(tmp_path: object) -> None:
+    with pytest.raises(Unavailable):
+        log_ends(Settings.read(data=tmp_path, kafka=Kafka(bootstrap="127.0.0.1:1")))
+
+
+def test_a_topic_that_cannot_be_looked_at_has_no_known_end(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Admin:  # a cluster's refusal cannot be had on demand
+        def __enter__(self) -> "Admin":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """Nothing to close."""
+
+        def describe_topics(self, _: list[str]) -> list[dict[str, object]]:
+            return [{"error_code": TopicAuthorizationFailedError.errno, "partitions": []}]
+
+    monkeypatch.setattr(kafka_ends, "admin", lambda _: Admin())
     with pytest.raises(Unavailable):
         log_ends(Settings.read(data=tmp_path, kafka=Kafka(bootstrap="127.0.0.1:1")))
 

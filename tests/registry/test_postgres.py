@@ -48,6 +48,18 @@ def test_random_acts_keep_every_invariant(server: str) -> None:
     )
 
 
+def test_an_allow_with_an_id_acts_once(server: str) -> None:
+    ledger = Ledger.open(fresh(server))
+    ledger.create("acme", Recipe(), "op")
+    ann, bob = "a" * 64, "b" * 64
+    for number, who in enumerate((ann, bob)):
+        ledger.forget(f"r{number}", who, ["acme"], "op")
+    assert ledger.allow(ann, ["acme"], "op", request="x") == ["acme"]
+    assert ledger.allow(ann, ["acme"], "op", request="x") == []
+    assert ledger.suppressed("acme") == {bob}
+    ledger.close()
+
+
 def test_racing_writers_serialise(server: str) -> None:
     """Sixteen threads on as many connections make one adapter, and move it: one history comes out."""
     url = fresh(server)
