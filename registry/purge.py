@@ -199,7 +199,8 @@ class Purge:
             if held == segment.payload and digest == was:
                 return
             key = held if digest == was else contents.new_key(segment)
-            self._store.put(key, data)
+            if key != held:
+                self._store.put(key, data)
             try:
                 self._ledger.replace_payload(adapter, number, key, digest, replaces=segment.payload)
             except Conflict:  # another purge was faster: begin with what it left
