@@ -140,7 +140,7 @@ def _check_contents(ledger: Ledger, store: ObjectStore, keys: KeyStore, adapter:
 
     def now() -> tuple[SegmentRecord, Manifest, bool]:
         # Keys go a little after the fence: as long as a forget is under way they may be there still.
-        settled = not ledger.forgets(unfinished=True)
+        settled = ledger.settled()
         return ledger.segment(adapter, number), ledger.manifest(adapter, number), settled
 
     def check(segment: SegmentRecord, manifest: Manifest, settled: bool) -> list[str]:

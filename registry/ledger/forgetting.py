@@ -271,6 +271,12 @@ class Forgetting(Lending, Reaching):
             query = query.where(t.forgets.c.stage != Stage.PURGED)
         return [forget_of(row) for row in c.execute(query)]
 
+    def settled(self) -> bool:
+        """Whether no forget is under way. What it erases and where is not read: that is long where it is of many."""
+        waiting = [stage for stage in Stage if stage is not Stage.PURGED]  # the finished are not looked through
+        with self.db.read() as c:
+            return not c.execute(sa.select(sa.exists().where(t.forgets.c.stage.in_(waiting)))).scalar()
+
     def forget_of(self, request: str) -> Forget:
         """One forget procedure."""
         with self.db.read() as c:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine, event
 
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import weights_key
@@ -80,6 +81,25 @@ def test_while_a_purge_waits_what_it_has_deleted_is_not_missed(stack: Stack) -> 
     assert not stack.store.exists(gone)
     assert not stack.ledger.version("acme", 2).purged
     assert verified(stack, lambda: None).problems == ()
+
+
+def test_of_a_forget_under_way_no_more_is_read_than_that_it_is(stack: Stack) -> None:
+    """It may be of every adapter, and verify asks at each segment."""
+    Operations(stack.ledger, stack.settings, "op").forget("ann", ["acme"], request="r1")
+    asked = list[str]()
+
+    def note(c: Any, cursor: Any, statement: str, *_: Any) -> None:
+        asked.append(statement)
+
+    for settled in (False, True):
+        assert stack.ledger.settled() is settled
+        event.listen(Engine, "before_cursor_execute", note)
+        assert verify(stack.ledger, stack.store, stack.keys, "acme").problems == ()
+        event.remove(Engine, "before_cursor_execute", note)
+        assert any("forgets" in statement for statement in asked)
+        assert not [statement for statement in asked if "forgets.body" in statement]
+        stack.train("acme")
+        keeper(stack).advance_forgets()
 
 
 @pytest.mark.parametrize("what", ["payload", "weights"])
