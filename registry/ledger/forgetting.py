@@ -351,37 +351,10 @@ class Forgetting(Lending, Reaching):
     def named_objects(self, but: Mapping[str, Mapping[str, Collection[int]]] | None = None) -> frozenset[str]:
         """The object store's keys that a segment or a version not yet purged names, and `keys/KEYRING` for each
         segment's keys in the key store; as if, per adapter, `but` these `segments` and `versions`."""
-        with self.db.read() as c:
-            return self._named(c, but=but)
-
-    def delete_unnamed(self, keys: Collection[str], delete: Callable[[str], None], revoked: bool = False) -> None:
-        """Delete those of these objects and keys that nothing names, while nothing can come to name them. `revoked`:
-        what only revoked versions name goes too.
-
-        The ledger is held for some at a time only: leases run out, and fences wait, while it is.
-        """
-        left = sorted(keys)
-        while left:
-            with self.db.write() as c:
-                if not self.db.sqlite:
-                    c.execute(sa.text("LOCK TABLE segments, versions IN SHARE ROW EXCLUSIVE MODE"))
-                named, since = self._named(c, revoked), time.monotonic()
-                while left and time.monotonic() - since < _HOLD_SECONDS:
-                    key = left.pop()
-                    if key not in named:
-                        delete(key)
-            time.sleep(_YIELD_SECONDS if left else 0.0)
-
-    def _named(
-        self,
-        c: sa.Connection,
-        but_revoked: bool = False,
-        but: Mapping[str, Mapping[str, Collection[int]]] | None = None,
-    ) -> frozenset[str]:
         s, v = t.segments.c, t.versions.c
-        gone = v.revoked if but_revoked else v.purged
-        segments = list(c.execute(sa.select(s.adapter, s.number, s.payload, s.keyring).where(s.payload != "")))
-        rows = list(c.execute(sa.select(v.adapter, v.number, v.digest, v.state).where(gone.is_(False))))
+        with self.db.read() as c:
+            segments = list(c.execute(sa.select(s.adapter, s.number, s.payload, s.keyring).where(s.payload != "")))
+            rows = list(c.execute(sa.select(v.adapter, v.number, v.digest, v.state).where(v.purged.is_(False))))
         if but:
             none: Mapping[str, Collection[int]] = {"segments": (), "versions": ()}
             segments = [row for row in segments if row.number not in but.get(row.adapter, none)["segments"]]
@@ -392,6 +365,47 @@ class Forgetting(Lending, Reaching):
             | {weights_key(row.digest) for row in rows}
             | {state_key(row.state) for row in rows if row.state}
         )
+
+    def delete_unnamed(self, keys: Collection[str], delete: Callable[[str], None], revoked: bool = False) -> None:
+        """Delete those of these objects and keys that nothing names, while nothing can come to name them. `revoked`:
+        what only revoked versions name goes too.
+
+        The ledger is held for some at a time only: leases run out, and fences wait, while it is.
+        """
+        left = sorted(keys, reverse=True)
+        while left:
+            with self.db.write() as c:
+                if not self.db.sqlite:
+                    c.execute(sa.text("LOCK TABLE segments, versions IN SHARE ROW EXCLUSIVE MODE"))
+                some = next(chunks(left))
+                named, since, done = self._named_of(c, some, revoked), time.monotonic(), 0
+                while done < len(some) and time.monotonic() - since < _HOLD_SECONDS:
+                    if some[done] not in named:
+                        delete(some[done])
+                    done += 1
+            left = left[done:]
+            time.sleep(_YIELD_SECONDS if left else 0.0)
+
+    def _named_of(self, c: sa.Connection, keys: Sequence[str], but_revoked: bool) -> set[str]:
+        """Those of these keys that something names, a chunk's. Only they are looked up: the ledger may name very many,
+        and is held meanwhile."""
+        s, v = t.segments.c, t.versions.c
+        kept, stands = s.payload != "", (v.revoked if but_revoked else v.purged).is_(False)
+        named, others = set[str](), set(keys)
+        for key_of, column, where in (
+            ("keys/{}".format, s.keyring, kept),
+            (weights_key, v.digest, stands),
+            (state_key, v.state, sa.and_(stands, v.state != "")),
+            ("{}".format, s.payload, kept),  # all that is left
+        ):
+            before, after = key_of("*").split("*")
+            mine = {key for key in others if key.startswith(before) and key.endswith(after)}
+            others -= mine
+            names = [key.removeprefix(before).removesuffix(after) for key in sorted(mine)]
+            if names:
+                held = c.execute(sa.select(column).where(column.in_(names), where)).scalars()
+                named |= {key_of(name) for name in held}
+        return named
 
     def revoked_digests(self) -> frozenset[str]:
         """Weights digests that only revoked versions have: text that they wrote must not be learned."""

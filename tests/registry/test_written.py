@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from riverdelta.core import weights as weights_file
 from riverdelta.core.errors import Conflict, Refused, Unavailable
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
-from riverdelta.core.store import ObjectStore, weights_key
+from riverdelta.core.store import ObjectStore, state_key, weights_key
 from riverdelta.registry import gc, written
 from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Ledger, Manifest, ManifestEntry, Seal, VersionRecord
+from riverdelta.registry.ledger import tables as t
 from riverdelta.registry.peft_io import export_version, import_folder, write_peft_folder
 from riverdelta.registry.written import Written
 from tests.registry.stack import Stack, two_versions
@@ -113,3 +115,48 @@ def test_others_come_to_the_ledger_while_much_is_collected_from_a_slow_store(sta
     assert collecting.is_alive()
     assert time.monotonic() - since < 2.0
     collecting.join()
+
+
+def test_what_is_named_stays_however_many_are_asked_about_and_only_they_are_looked_up(stack: Stack) -> None:
+    """By versions that stand, are revoked and are purged, by segments with contents and without; of more keys than one
+    statement takes."""
+    ledger, s, v = stack.ledger, t.segments.c, t.versions.c
+    with ledger.db.write() as c:
+        for table in (t.segments, t.versions):
+            row = dict(c.execute(sa.select(table).where(table.c.number == 2)).one()._mapping)
+            rows = [{**row, "number": number, **other(number)} for number in range(3, 900)]
+            c.execute(table.insert(), [{key: each[key] for key in row} for each in rows])
+        c.execute(t.segments.update().where(s.number % 7 == 0).values(payload=""))
+        c.execute(t.versions.update().where(v.number % 5 == 0).values(revoked=True, purged=v.number % 2 == 0))
+        c.execute(t.versions.update().where(v.number % 11 == 0).values(state=""))
+    every = {"keys/", "keys/none", state_key(""), weights_key(""), "weights/none", "states/none", "segments/none"}
+    for number in range(3, 900):
+        told = other(number)
+        every |= {told["payload"], f"keys/{told['keyring']}", weights_key(told["digest"]), state_key(told["state"])}
+    with ledger.db.read() as c:
+        usable = list(c.execute(sa.select(v.digest, v.state).where(v.revoked.is_(False))))
+    named = ledger.named_objects()
+    standing = {weights_key(digest) for digest, _ in usable} | {state_key(state) for _, state in usable if state}
+    standing |= {key for key in named if not key.startswith(("weights/", "states/"))}
+    asked = list[str]()
+
+    def note(c: Any, cursor: Any, statement: str, *_: Any) -> None:
+        asked.append(statement)
+
+    for revoked, stay in ((False, named), (True, standing)):
+        gone = list[str]()
+        sa.event.listen(sa.Engine, "before_cursor_execute", note)
+        ledger.delete_unnamed(every, gone.append, revoked=revoked)
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+        assert sorted(gone) == sorted(every - stay)
+    assert len(standing) < len(named)
+    assert all(" IN (" in statement for statement in asked if statement.startswith("SELECT"))
+
+
+def other(number: int) -> dict[str, str]:
+    return {
+        "payload": f"segments/acme/{number}.seg",
+        "keyring": f"ring-{number}",
+        "digest": f"{number:064x}",
+        "state": f"{number:063x}a",
+    }
