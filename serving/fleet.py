@@ -35,6 +35,7 @@ class Bound:
     adapter: str | None
     version: int | None
     digest: str | None
+    fences: int = 0  # how many had been carried out before it was looked up
 
     @property
     def name(self) -> str:
@@ -68,7 +69,7 @@ class Fleet:
         self._engine, self._ledger, self._store, self._permit = engine, ledger, store, permit
         self._flush = flush
         self._max_waiting = max_waiting
-        self._served: dict[str, Release] = {}
+        self._served: dict[str, Release | None] = {}  # None: fenced off, and not read anew since
         self._created: dict[str, int] = {}
         self._loaded: set[str] = set()
         self._loading: dict[str, Future[None]] = {}
@@ -76,6 +77,8 @@ class Fleet:
         self._versions: OrderedDict[tuple[str, int], VersionRecord] = OrderedDict()
         self._pinned: OrderedDict[str, None] = OrderedDict()
         self._waiting = 0
+        self._fences = 0
+        self._fenced_at: dict[str, int] = {}
         self._lock = threading.Lock()
         # Held from reading fences to having carried them out, and while a version is looked up: what a request
         # has read is then either older than the fence, and revoked by it, or newer, and true.
@@ -96,20 +99,29 @@ class Fleet:
             return Bound(None, None, None)
         if not self._permit.valid:
             raise AdaptersHalted("This server may not serve adapters for now.", "Try again, or ask for base.")
-        release = self._served.get(ref.adapter)
-        if release is None:
+        fences = self._fences  # before what they may change is read
+        if ref.adapter not in self._served:
             raise ModelNotFound(str(ref))
         if ref.version is None:
-            bound = Bound(ref.adapter, release.version, release.digest or None)
+            release = self._served.get(ref.adapter)
+            if release is None:
+                raise AnswerRevoked()
+            bound = Bound(ref.adapter, release.version, release.digest or None, fences)
         else:
             record = self._versions.get((ref.adapter, ref.version))
             if record is None:
                 record = await asyncio.to_thread(self._find, ref.adapter, ref.version)
             self._pin(record.digest)
-            bound = Bound(ref.adapter, ref.version, record.digest)
+            bound = Bound(ref.adapter, ref.version, record.digest, fences)
         if bound.digest is not None and bound.digest not in self._loaded:
             await self._load(bound.digest)
         return bound
+
+    def check(self, bound: Bound) -> None:
+        """Raise `AnswerRevoked` if its weights were fenced off since it was looked up, even if they are free again:
+        they may be for another adapter alone. Holds for what was queued or generated before the call."""
+        if bound.digest is not None and self._fenced_at.get(bound.digest, 0) > bound.fences:
+            raise AnswerRevoked()
 
     def missing(self, digest: str) -> None:
         """The engine has let these weights go meanwhile."""
@@ -165,14 +177,12 @@ class Fleet:
         now = time.monotonic()
         with self._lock:
             failing = {digest for digest, failure in self._failures.items() if failure.retry_at > now}
-            revoked = {d for d in (release.digest for release in self._served.values()) if self._permit.revoked(d)}
             steps = plan(
                 self._served,
                 wanted,
                 self._loaded,
                 loading=self._loading,
                 failing=failing,
-                revoked=revoked,
                 pinned=self._pinned,
             )
             first = not self._served
@@ -200,18 +210,28 @@ class Fleet:
         with self._fencing:
             fences = self._ledger.fences(acked)
             digests = frozenset[str]().union(*(fence.digests for fence in fences))
+            self._permit.revoke(digests)
+            self._forget_names(digests)
             if digests:
-                self._permit.revoke(digests)
                 flushed = self._flush(digests)  # goes on while the engine ends its step
                 self._engine.revoke(digests)
-                with self._lock:
-                    self._loaded -= digests
-                    for digest in digests:
-                        self._pinned.pop(digest, None)
-            self._versions.clear()
         if flushed is not None:
             flushed()
         return (fences[-1].number if fences else acked), digests
+
+    def _forget_names(self, digests: frozenset[str]) -> None:
+        """No name stands for these weights until it is read anew: freed for one, they are not for all. To be called
+        before the engine revokes, which ends what was queued until then; `check` finds what is queued later."""
+        with self._lock:
+            self._loaded -= digests
+            for digest in digests:
+                self._pinned.pop(digest, None)
+            for name, release in self._served.items():
+                if release is not None and release.digest in digests:
+                    self._served[name] = None
+            self._versions.clear()
+            self._fenced_at.update(dict.fromkeys(digests, self._fences + 1))
+            self._fences += 1  # last: who reads this number finds no older name
 
     def pause(self, seconds: float) -> AbstractContextManager[None]:
         """Let no step begin meanwhile, for so long at most."""
@@ -219,7 +239,8 @@ class Fleet:
 
     def preload(self, bound: int) -> None:
         """Read the weights of the first `bound` releases, so that their first requests need not wait."""
-        digests = dict.fromkeys(self._served[name].digest for name in sorted(self._served))
+        held = self.releases()
+        digests = dict.fromkeys(held[name].digest for name in sorted(held))
         for digest in [d for d in digests if d][:bound]:
             self.begin_load(digest)
 
@@ -269,9 +290,9 @@ class Fleet:
     # -- for the catalogue -----------------------------------------------------------------------------------
 
     def releases(self) -> dict[str, Release]:
-        """Per adapter, what answers for it now."""
+        """Per adapter, what answers for it now; the base where that is being read anew."""
         with self._lock:
-            return dict(self._served)
+            return {name: release or Release(0, "") for name, release in self._served.items()}
 
     def created(self, adapter: str) -> int:
         """When an adapter was created, in seconds since 1970."""

@@ -64,6 +64,7 @@ class Answer:
     started: float = field(default_factory=time.monotonic)
     usage: dict[int, FinishEvent] = field(default_factory=dict)
     on_event: Callable[[Event, float | None], None] = lambda event, since: None
+    check: Callable[[], None] = lambda: None  # raises once no more of it may be told
 
     def cancel(self) -> None:
         """Stop generating what is not finished."""
@@ -109,6 +110,7 @@ class Answer:
                         self.on_event(event, last.get(index))
                         last[index] = event.emitted_at
                         choice.text.append(event.text)
+                    self.check()
                     yield choice, event
         finally:
             self.cancel()
@@ -243,7 +245,8 @@ class Generator:
         n: int,
     ) -> Answer:
         digest = bound.digest
-        answer = Answer(answer_id, shape, bound, digest or self.base_digest, prompts, [], [])
+        check = partial(self.fleet.check, bound)
+        answer = Answer(answer_id, shape, bound, digest or self.base_digest, prompts, [], [], check=check)
         decode = self.engine.tokenizer.decode
         try:
             for prompt in prompts:
@@ -263,6 +266,7 @@ class Generator:
                     answer.choices.append(
                         Choice(len(answer.choices), lambda token: decode([token]), sampling.logprobs is not None)
                     )
+            check()  # a fence ends what it finds queued; this came after it
         except BaseException as error:
             answer.cancel()
             if isinstance(error, AdapterNotLoaded) and digest is not None:

@@ -26,19 +26,18 @@ class Plan:
 
 
 def plan(
-    served: Releases,
+    served: Mapping[str, Release | None],
     wanted: Releases,
     loaded: Collection[str],
     *,
     loading: Collection[str] = (),
     failing: Collection[str] = (),
-    revoked: Collection[str] = (),
     pinned: Collection[str] = (),
 ) -> Plan:
-    """The next steps from `served` towards `wanted`.
+    """The next steps from `served` (None: fenced off, and not read anew since) towards `wanted`.
 
     An adapter that answers without delay goes on doing so: its new version is loaded first, and its alias flips once
-    that is done. One whose present version is revoked or not loaded has nothing to lose, and flips at once; its
+    that is done. One whose present version is fenced off or not loaded has nothing to lose, and flips at once; its
     weights are read when a request asks for them. `failing` digests could not be loaded lately, so their adapters
     stay where they are; `pinned` ones were asked for by number.
     """
@@ -49,12 +48,12 @@ def plan(
         if now == release:
             continue
         ready = not release.digest or release.digest in loaded
-        warm = now is not None and (not now.digest or (now.digest in loaded and now.digest not in revoked))
+        warm = now is not None and (not now.digest or now.digest in loaded)
         if ready or not warm or (now is not None and now.digest == release.digest):
             flips[name] = release
         elif release.digest not in failing and release.digest not in loading:
             loads[release.digest] = None
-    after = {**served, **{name: release for name, release in flips.items() if release is not None}}
-    used = {release.digest for name, release in after.items() if name in wanted}
+    after = {**served, **flips}
+    used = {release.digest for release in after.values() if release is not None}
     used |= {release.digest for release in wanted.values()} | set(pinned)
     return Plan(tuple(loads), flips, tuple(sorted(digest for digest in loaded if digest not in used)))
