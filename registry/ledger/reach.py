@@ -4,16 +4,18 @@ What one adapter has learned comes to others as a copy of its weights, imported 
 it wrote. So it is looked for over all adapters, even where a forget names few.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
+
+from riverdelta.core.errors import Corrupt
 
 from . import decisions
 from . import tables as t
 from .decisions import Versions
 from .journal import Journal, chunks
-from .records import AdapterRecord, VersionRecord
+from .records import AdapterRecord, Manifest, VersionRecord
 from .rows import adapter_of, version_of
 
 Places = Iterable[tuple[str, int]]
@@ -29,6 +31,56 @@ class Reach:
     touched: set[int] = field(default_factory=set)
     copies: set[int] = field(default_factory=set)
     dirty: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Past:
+    """All that weights may have learned from: the versions that have these digests, or ones that stem from them by copy
+    or text; those versions' adapters; and what live entries mention in the segments that they saw."""
+
+    holders: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    reaches: dict[str, Reach] = field(default_factory=dict)
+    mentions: dict[tuple[str, int], set[str]] = field(default_factory=dict)
+
+    def knowing(self, subjects: Collection[str]) -> set[str]:
+        """Those of the digests that only versions have that saw one of these subjects, or revoked ones: to the fixed
+        point of `Reaching._reach` from all that mentions them."""
+        writers = set[str]()
+        while True:
+            known = writers.union(subjects)
+            for (name, number), mentioned in self.mentions.items():
+                if not known.isdisjoint(mentioned):
+                    self.reaches[name].touched.add(number)
+            while self._copy():
+                pass
+            found = {digest for digest in self.holders if self._saw(digest) and not self._held_clean(digest)}
+            if found == writers:
+                return writers
+            writers = found
+
+    def _copy(self) -> bool:
+        """Go on to the copies of what is dirty; whether there were more."""
+        for reach in self.reaches.values():
+            reach.dirty = decisions.dirty_versions(reach.versions, reach.touched, reach.copies)
+        copies = {
+            (name, number)
+            for digest, held in self.holders.items()
+            if self._saw(digest) and not self._held_clean(digest, trained=True)
+            for name, number in held
+            if self.reaches[name].versions[number].segment is None and number not in self.reaches[name].dirty
+        }
+        for name, number in copies:
+            self.reaches[name].copies.add(number)
+        return bool(copies)
+
+    def _saw(self, digest: str) -> bool:
+        return any(number in self.reaches[name].dirty for name, number in self.holders[digest])
+
+    def _held_clean(self, digest: str, trained: bool = False) -> bool:
+        """Whether a clean version has it (one that was `trained` here)."""
+        clean = [(name, number) for name, number in self.holders[digest] if number not in self.reaches[name].dirty]
+        versions = [self.reaches[name].versions[number] for name, number in clean]
+        return any(not version.revoked and (version.segment is not None or not trained) for version in versions)
 
 
 class Reaching(Journal):
@@ -50,7 +102,49 @@ class Reaching(Journal):
         if not foreign:
             return set()
         suppressed = set(c.execute(sa.select(s.subject).where(s.adapter == adapter)).scalars())
-        return foreign & self._reach(c, self._mentioning(c, suppressed))[1]
+        if not self._live(c, suppressed):
+            return set()
+        try:
+            return foreign & self._past(c, foreign).knowing(suppressed)
+        except Corrupt:  # the other way needs no manifest: one that is damaged keeps nobody from sealing
+            return foreign & self._reach(c, self._mentioning(c, suppressed))[1]
+
+    def _past(self, c: sa.Connection, digests: Collection[str]) -> Past:
+        """What weights stem from, and back from there."""
+        past, v, digests = Past(), t.versions.c, set(digests)
+        while digests:
+            columns = (v.digest, v.adapter, v.number)
+            held = [
+                row
+                for chunk in chunks(sorted(digests))
+                for row in c.execute(sa.select(*columns).where(v.digest.in_(chunk)))
+            ]
+            past.holders |= {digest: [] for digest in digests}
+            self._look_into(c, past.reaches, {name for _, name, _ in held})
+            origins, writers, places = set[str](), set[str](), set[tuple[str, int]]()
+            for digest, name, number in held:
+                past.holders[digest].append((name, number))
+                versions = past.reaches[name].versions
+                for each in decisions.lineage(versions, number):
+                    places |= {(name, segment) for segment in versions[each].saw}
+                    if versions[each].segment is None:
+                        origins.add(versions[each].digest)
+            for place, manifest in self._manifests_of(c, places - past.mentions.keys()):
+                past.mentions[place] = manifest.mentions
+                writers |= {entry.written_by for entry in manifest.entries}
+            digests = (origins | writers) - past.holders.keys() - {""}
+        return past
+
+    def _manifests_of(self, c: sa.Connection, places: Places) -> Iterator[tuple[tuple[str, int], Manifest]]:
+        """One at a time: there may be very many entries."""
+        s, numbers = t.segments.c, dict[str, list[int]]()
+        for name, number in sorted(places):
+            numbers.setdefault(name, []).append(number)
+        for name, of in numbers.items():
+            for chunk in chunks(of):
+                query = sa.select(s.number, s.manifest).where(s.adapter == name, s.number.in_(chunk))
+                for number, packed in c.execute(query):
+                    yield (name, number), Manifest.unpack(packed)
 
     def _reach(self, c: sa.Connection, segments: Places, copies: Places = ()) -> tuple[dict[str, Reach], set[str]]:
         """From segments and imported versions, by adapter, to a fixed point: what saw them, copies of that, and text
@@ -74,6 +168,13 @@ class Reaching(Journal):
             segments = [(name, n) for name, n in found if name not in reaches or n not in reaches[name].touched]
             if not segments:
                 return reaches, writers
+
+    def _live(self, c: sa.Connection, mentions: Iterable[str]) -> bool:
+        """Whether any live entry mentions one of these."""
+        m = t.mentions.c
+        return any(
+            c.execute(sa.select(sa.exists().where(m.mention.in_(chunk)))).scalar() for chunk in chunks(sorted(mentions))
+        )
 
     def _look_into(self, c: sa.Connection, reaches: dict[str, Reach], names: Collection[str]) -> None:
         for chunk in chunks(sorted(set(names) - reaches.keys())):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,10 +18,12 @@ from riverdelta.core.store import weights_key
 from riverdelta.registry.certificate import check, check_stored
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import Ledger, ManifestEntry, Stage
+from riverdelta.registry.ledger import tables as t
 from riverdelta.registry.operations import Operations
 from riverdelta.registry.purge import PUBLIC_KEY, certificate_key
 from riverdelta.registry.signing import key_of, opened
 from riverdelta.registry.verify import verify
+from tests.registry import histories
 from tests.registry.histories import World, check_adapter, keyed
 from tests.registry.stack import Stack, two_versions, wait
 
@@ -108,6 +111,47 @@ def test_what_a_version_wrote_that_saw_the_subject_is_not_learned_where_the_subj
     ledger.close()
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_a_writer_saw_is_asked_of_its_own_past_however_many_know_the_subject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """Of what its adapter, that adapter's writers and their copies saw; unless a manifest there is damaged."""
+    monkeypatch.setattr(histories, "rejected", lambda *_: False)
+    world = World(Ledger.open(f"sqlite:///{tmp_path}/ledger.db"))
+    ledger, first = world.ledger, "f" * 64
+    for name in ("one", "two"):
+        ledger.import_adapter(name, Recipe(), first, {"imported": True}, "test")
+    for name in ("three", "four", *(f"many-{number}" for number in range(9))):
+        ledger.create(name, Recipe(), "test")
+        world.seal(name, [(["ann"], "")])
+        world.train(name)
+    known = ledger.version("three", 1).digest
+    ledger.import_adapter("copy", Recipe(), known, {"imported": True}, "test")
+    world.seal("copy", [(["bob"], "")])
+    world.train("copy")
+    world.seal("four", [(["bob"], ledger.version("copy", 2).digest)])
+    world.train("four")
+    last = ledger.version("four", 2).digest
+    ledger.forget("r", keyed("ann"), ["two"], "test")
+    if damaged:
+        with ledger.db.write() as c:
+            c.execute(t.segments.update().where(t.segments.c.adapter == "four").values(manifest=b"?"))
+    asked, real = set[str](), Ledger._look_into
+
+    def noted(self: Ledger, c: Any, reaches: Any, names: Any) -> None:
+        asked.update(names)
+        real(self, c, reaches, names)
+
+    monkeypatch.setattr(Ledger, "_look_into", noted)
+    assert ledger.tainted("two", {first}) == set()
+    assert asked == {"one", "two"}
+    assert ledger.tainted("two", {first, known, last}) == {known, last}
+    assert damaged or asked == {"one", "two", "three", "four", "copy"}
+    assert isinstance(world.append("two", [wrote(world, "two", last)]), StaleEpoch)
+    assert not isinstance(world.append("two", [wrote(world, "two", first)]), Exception)
+    ledger.close()
+
+
 acts = st.lists(
     st.one_of(
         st.tuples(st.just("learn"), st.integers(0, 9), st.integers(0, 9), st.sampled_from(SUBJECTS)),
@@ -155,12 +199,22 @@ def test_no_version_knows_who_was_forgotten_where_it_stands(done: list[tuple[str
             for each in ledger.heads():
                 _learn(world, each, knows)
                 check_adapter(world, each)
+                assert ledger.tainted(each, knows) == forwards(ledger, each, set(knows)), each
                 for version in ledger.versions(each).values():
                     gone = {subject for adapter, subject in forgotten if adapter == each}
                     assert version.revoked or gone.isdisjoint(knows[version.digest]), f"{each}@{version.number}"
     finally:
         ledger.close()
         shutil.rmtree(folder)
+
+
+def forwards(ledger: Ledger, adapter: str, digests: set[str]) -> set[str]:
+    """What is `tainted`, looked for from what is suppressed instead of from the weights."""
+    v, s = t.versions.c, t.suppressions.c
+    with ledger.db.read() as c:
+        foreign = set(c.execute(sa.select(v.digest).where(v.adapter != adapter)).scalars())
+        suppressed = list(c.execute(sa.select(s.subject).where(s.adapter == adapter)).scalars())
+        return digests & foreign & ledger._reach(c, ledger._mentioning(c, suppressed))[1]
 
 
 def _learn(world: World, name: str, knows: dict[str, set[str]]) -> None:
