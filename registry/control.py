@@ -2,32 +2,36 @@
 
 Messages are JSON: {"id", "action": "forget" | "allow", "subject", "adapter" or "all_adapters": true, "reason"}, and for
 a forget "serve_until_rebuilt". An id acts once. Nobody waits for an answer: a forget of an adapter that the dataflow is
-still to make is kept for then. An offset is recorded once its act is durable, so that a crash repeats a message and
-never skips one.
+still to make is kept for then. A request is recorded as done once its act is durable, so that a crash repeats a message
+and never skips one. One that cannot be carried out yet waits, and keeps none behind it waiting whose order with it does
+not count (see `registry.heard`).
 """
 
 import contextlib
 import logging
 import re
 import threading
+import time
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from riverdelta.core.errors import BadInput, Conflict, Corrupt, RiverdeltaError
-from riverdelta.core.names import ADAPTER
+from riverdelta.core.names import ADAPTER, subject_name
 from riverdelta.core.settings import Settings
 
 from .belonging import KeptOpen, subject_key
+from .heard import Heard
 from .kafka_delete import delete_request
-from .ledger import Ledger, Stage
+from .ledger import Forget, Ledger, Stage
 from .operations import LONGEST_SECONDS, Operations, names
 from .wakeups import Wakeups
 
 log = logging.getLogger(__name__)
 _RETRY_SECONDS = 2.0
-_BUCKET = -1  # of the ledger's reading positions: the dataflow's buckets count from 0
+_TELL_SECONDS = 600.0  # after which the log tells again of a request that waits
+_MOST_WAITING = 1000  # on a partition: then nothing can be done, and what waits is tried before more is read
 _MAX_BYTES = 64 * 1024
 
 
@@ -72,6 +76,14 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
             raise BadInput("Only a forget has a serve_until_rebuilt.", "See docs/forgetting.md.")
         return message
 
+    def follows(self, earlier: "Message") -> bool:
+        """Whether it must not be carried out before an earlier one: of forgets and allows of a subject the last counts,
+        and an id allows one subject only. Forgets do not hinder each other, but for the same one asked for twice."""
+        if self.action == earlier.action == "forget":
+            return self == earlier
+        alike = self.action == earlier.action and self.id == earlier.id
+        return alike or subject_name(self.subject) == subject_name(earlier.subject)
+
 
 class Control:
     """Reads the control topic and acts, until told to stop."""
@@ -83,10 +95,10 @@ class Control:
         self._topic = settings.topics.control
         self._keys = KeptOpen(settings)
         self._acts = Operations(ledger, settings, "control", wakeups, self._keys)
+        self._told: dict[tuple[str, int, int], float] = {}
 
     def run(self) -> None:
-        """Follow the topic. What cannot be done now (broker or ledger away, another subject key) is tried again, in
-        order."""
+        """Follow the topic. What cannot be done now (broker or ledger away, another subject key) is tried again."""
         from kafka.errors import KafkaError
 
         if not self._settings.kafka.bootstrap:
@@ -113,23 +125,84 @@ class Control:
         incarnation, partitions = self._look()
         if not partitions:
             return
-        held = self._ledger.positions(incarnation)
+        heard = {number: Heard(self._ledger, incarnation, number) for number in partitions}
         options = {**self._settings.kafka.for_kafka_python(), "enable_auto_commit": False}
         with contextlib.closing(KafkaConsumer(**options, auto_offset_reset="earliest")) as consumer:
-            assigned = [TopicPartition(self._topic, number) for number in partitions]
-            consumer.assign(assigned)
-            for place in assigned:
-                consumer.seek(place, held.get((place.partition, _BUCKET), 0))
-            polls = 0
+            assigned = {number: TopicPartition(self._topic, number) for number in partitions}
+            consumer.assign(list(assigned.values()))
+            for number, place in assigned.items():
+                consumer.seek(place, heard[number].first)
+            polls, tried = 0, time.monotonic()
+            again: list[Any] = []
             while not self._stop.is_set():
+                full = [place for number, place in assigned.items() if len(heard[number].waiting) >= _MOST_WAITING]
+                consumer.resume(*consumer.paused())
+                consumer.pause(*full)
                 records = consumer.poll(timeout_ms=500)
                 for place, batch in records.items():
                     for record in batch:
-                        self._act(record, incarnation)
-                        self._ledger.move_positions({(incarnation, place.partition, _BUCKET): record.offset + 1})
+                        self._hear(record, heard[place.partition])
+                if not again and time.monotonic() - tried >= _RETRY_SECONDS:
+                    again = [record for each in heard.values() for record in each.waiting.values()]
+                    tried = time.monotonic()
+                # One that fails may have taken its time: what has come meanwhile is heard before the next is tried.
+                while again and self._hear(record := again.pop(0), heard[record.partition]):
+                    tried = time.monotonic()
                 polls += 1
                 if not records and polls % 10 == 0 and self._look() != (incarnation, partitions):
                     return  # the topic was made again, or has grown
+
+    def _hear(self, record: Any, heard: Heard) -> bool:
+        """Carry out a record, or let it wait; whether it is done."""
+        if heard.is_done(record.offset):
+            return True
+        known = record.offset in heard.waiting
+        done = self._try(record, heard)
+        if done or not known:
+            heard.note(record, done)
+        if done and known and not heard.waiting:
+            self._remove_purged(heard)
+        return done
+
+    def _try(self, record: Any, heard: Heard) -> bool:
+        place = heard.incarnation, record.partition, record.offset
+        try:
+            if self._must_wait(record, heard):
+                return False
+            self._act(record, heard.incarnation, alone=not any(offset < record.offset for offset in heard.waiting))
+        except Exception as error:  # whatever it is, requests of others are not to wait for it
+            if time.monotonic() >= self._told.get(place, 0.0):
+                self._told[place] = time.monotonic() + _TELL_SECONDS
+                usual = isinstance(error, (RiverdeltaError, OSError)) and not isinstance(error, Corrupt)
+                log.log(
+                    logging.WARNING if usual else logging.ERROR,
+                    "a control message waits, and is tried again: %s",
+                    error,
+                    exc_info=not isinstance(error, (RiverdeltaError, OSError)),
+                    extra={"topic": record.topic, "partition": record.partition, "offset": record.offset},
+                )
+            return False
+        self._told.pop(place, None)
+        return True
+
+    def _must_wait(self, record: Any, heard: Heard) -> bool:
+        """Whether an earlier request waits that it must not overtake."""
+        earlier = [held for offset, held in heard.waiting.items() if offset < record.offset]
+        if not earlier:
+            return False
+        try:
+            message = Message.read(record.value)
+        except BadInput:
+            return False
+        return any(message.follows(Message.read(held.value)) for held in earlier)
+
+    def _remove_purged(self, heard: Heard) -> None:
+        """Remove from Kafka what was purged while a request before it waited, and would have gone with it."""
+        asked = [held.body.get("asked", {}) for held in self._ledger.forgets() if held.stage is Stage.PURGED]
+        where = {"incarnation": heard.incarnation, "partition": heard.partition}
+        mine = [each for each in asked if where.items() <= each.items() and each["offset"] < heard.first]
+        if mine:
+            delete_request(self._settings, max(mine, key=lambda each: int(each["offset"])))
 
     def _look(self) -> tuple[str, list[int]]:
         """The topic's incarnation and partitions; none when it does not exist."""
@@ -140,8 +213,9 @@ class Control:
         numbers = sorted(part["partition_index"] for part in topic["partitions"])
         return f"{topic['topic_id']}", [] if topic["error_code"] else numbers
 
-    def _act(self, record: Any, incarnation: str) -> None:
-        """Carry out one record; what can never be carried out, whatever comes, is logged and passed over."""
+    def _act(self, record: Any, incarnation: str, alone: bool = True) -> None:
+        """Carry out one record; what can never be carried out, whatever comes, is logged and passed over. `alone`: none
+        before it waits."""
         where = {"topic": record.topic, "incarnation": incarnation, "partition": record.partition}
         where["offset"] = record.offset
         try:
@@ -153,14 +227,16 @@ class Control:
             adapters = None if message.all_adapters else [message.adapter]
             about = message.subject, adapters, message.reason, request
             if message.action == "forget":
-                self._forget(about, message.serve_until_rebuilt, where)
+                begun = self._forget(about, message.serve_until_rebuilt, where)
+                if alone and begun.stage is Stage.PURGED:  # asked for again: nobody else removes this message
+                    delete_request(self._settings, where)
             else:
                 self._acts.allow(*about)
             log.info("%s by message", message.action, extra={"request": request, **where})
         except (BadInput, Conflict) as error:
             log.error("control message passed over: %s", error, extra=where)
 
-    def _forget(self, about: tuple[str, list[str] | None, str, str], until: float, where: dict[str, Any]) -> None:
+    def _forget(self, about: tuple[str, list[str] | None, str, str], until: float, where: dict[str, Any]) -> Forget:
         """Fence off what a message asks for. An id that somebody has used for another forget keeps nobody's from being
         carried out: it is, under an id of its place on the topic."""
         try:
@@ -171,5 +247,4 @@ class Control:
             log.warning("the id was another forget's", extra={"request": place, **where})
         if missing := [name for name, epoch in begun.adapters.items() if not epoch]:
             log.warning("there is no adapter %s yet: it will begin without the subject", *missing, extra=where)
-        if begun.stage is Stage.PURGED:  # asked for again: nobody else removes this message
-            delete_request(self._settings, where)
+        return begun

@@ -8,6 +8,7 @@ into the object store is taken for done, or signed.
 import json
 import logging
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -85,7 +86,7 @@ class Purge:
         self._scrub(forget)
         draft = self._erased(forget)
         asked = forget.body.get("asked")
-        if asked and delete_request(self._settings, asked):
+        if asked and self._may_go(asked) and delete_request(self._settings, asked):
             for held in draft["kafka"]:
                 if held["topic"] == asked["topic"]:
                     held["unreadable_since"] = now()
@@ -110,6 +111,11 @@ class Purge:
         self._ledger.advance(forget.id, Stage.PURGED, done, KEEPER)
         log.info("purged", extra={"request": forget.id, "entries": len(manifest["erased"])})
         return ""
+
+    def _may_go(self, asked: Mapping[str, Any]) -> bool:
+        """Whether no request before this one, which would go with it, waits to be carried out."""
+        _, waiting = self._ledger.heard(asked["incarnation"], asked["partition"])
+        return not any(offset < asked["offset"] for offset in waiting)
 
     def _collect(self) -> str:
         """Delete what refused work and crashes left in the store before the fence was carried out; until that can be

@@ -44,6 +44,7 @@ class Increment:
     token: int = 0
 
 
+_CONTROL = -1  # the control topic's bucket of reading positions: the dataflow's count from 0
 _MOVE_POSITIONS = upsert(t.positions, "next_offset")
 
 
@@ -162,6 +163,12 @@ class Ledger(Sealing, Claims, Forgetting, Views):
         with self.db.read() as c:
             return [(segment_of(row), Manifest.unpack(row.manifest)) for row in c.execute(query)]
 
+    def suppressed_in(self, subject: str) -> set[str]:
+        """The adapters that must not learn from a subject (`*`: all, those to come included)."""
+        s = t.suppressions.c
+        with self.db.read() as c:
+            return set(c.execute(sa.select(s.adapter).where(s.subject == subject)).scalars())
+
     def move_positions(self, moves: Mapping[tuple[str, int, int], int]) -> None:
         """Record from where a restarted dataflow must read again, by (incarnation, partition, bucket of adapters)."""
         rows = [
@@ -176,6 +183,28 @@ class Ledger(Sealing, Claims, Forgetting, Views):
         with self.db.read() as c:
             rows = c.execute(sa.select(t.positions).where(t.positions.c.incarnation == incarnation))
             return {(row.partition, row.bucket): row.next_offset for row in rows}
+
+    def record_heard(self, incarnation: str, partition: int, until: int, waiting: Sequence[int]) -> None:
+        """Record that every request on a partition of the control topic before an offset is done, but those at the
+        `waiting` offsets."""
+        position = {"incarnation": incarnation, "partition": partition, "bucket": _CONTROL}
+        value = json.dumps([until, *waiting])
+        with self.db.write() as c:
+            c.execute(_MOVE_POSITIONS[self.db.sqlite], [{**position, "next_offset": min([until, *waiting])}])
+            self.db.put(c, t.meta, {"key": f"heard/{incarnation}/{partition}"}, {"value": value})
+
+    def heard(self, incarnation: str, partition: int) -> tuple[int, list[int]]:
+        """The offset before which every request on a partition of the control topic is done, and those that are not."""
+        p, m = t.positions.c, t.meta.c
+        position = sa.select(p.next_offset).where(
+            p.incarnation == incarnation, p.partition == partition, p.bucket == _CONTROL
+        )
+        with self.db.read() as c:
+            known = c.execute(sa.select(m.value).where(m.key == f"heard/{incarnation}/{partition}")).scalar()
+            if known is None:  # an older ledger
+                return int(c.execute(position).scalar() or 0), []
+        until, *waiting = json.loads(known)
+        return until, waiting
 
     # -- trainer: increments ---------------------------------------------------------------------------------
 
@@ -325,10 +354,11 @@ class Ledger(Sealing, Claims, Forgetting, Views):
         look: Callable[[], None] | None = None,
     ) -> VersionRecord:
         """Make an adapter whose version 1 is weights trained elsewhere, which lie in the store already; `Refused` when
-        a forget has revoked those very weights. `look` is called last, as in `seal`."""
+        a forget has revoked those very weights, or they saw whom one forgot under this name. `look` is called last, as
+        in `seal`."""
         with self.db.write() as c:
             head = self._create(c, name, recipe, actor, reason, None)
-            self._check_weights(c, digest)
+            self._check_weights(c, name, digest)
             version = VersionRecord(
                 name, 1, digest, "", 0, None, 0, head.recipe_digest, (), dict(fingerprint), {}, now()
             )
@@ -348,16 +378,23 @@ class Ledger(Sealing, Claims, Forgetting, Views):
         check_adapter(name)
         with self.db.read() as c:
             self._check_free(c, name)
-            self._check_weights(c, digest)
+            self._check_weights(c, name, digest)
 
     def _check_free(self, c: sa.Connection, name: str) -> None:
         if c.execute(sa.select(t.adapters.c.name).where(t.adapters.c.name == name)).first():
             raise Conflict(f"The adapter {name} exists already.", f"`riverdelta registry show {name}` shows it.")
 
-    def _check_weights(self, c: sa.Connection, digest: str) -> None:
+    def _check_weights(self, c: sa.Connection, name: str, digest: str) -> None:
         if self._only_revoked(c, {digest}):
             raise Refused(
                 f"The weights {digest[:12]} are revoked: they saw what was since forgotten.",
+                "Import an adapter that did not.",
+            )
+        # Suppressed ahead of the adapter: what saw them is in use where they were not forgotten.
+        seen, _ = self._reach(c, self._mentioning(c, self._suppressed(c, name)))
+        if any(reach.versions[number].digest == digest for reach in seen.values() for number in reach.dirty):
+            raise Refused(
+                f"The weights {digest[:12]} saw a subject that is forgotten in {name}.",
                 "Import an adapter that did not.",
             )
 

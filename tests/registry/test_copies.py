@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 
 from riverdelta.core.digests import sha256
-from riverdelta.core.errors import BadInput, Conflict
+from riverdelta.core.errors import BadInput, Conflict, NotFound, Refused, Unavailable
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import weights_key
@@ -141,3 +141,54 @@ def test_an_id_that_allowed_one_subject_allows_no_other(stack: Stack) -> None:
     with pytest.raises(Conflict, match="somebody else"):
         acts.allow("bob", ["acme"], request="x")
     assert acts.allow("bob", ["acme"], request="y") == ["acme"]
+
+
+@pytest.mark.parametrize("through", ["acme", "copy"])
+def test_a_forget_ahead_of_an_adapter_holds_for_an_import_of_that_name(stack: Stack, through: str) -> None:
+    """What saw the subject is in use where nobody was forgotten: there it stays, and here it does not come."""
+    ledger, key = stack.ledger, stack.key
+    clean, dirty = (ledger.version("acme", number).digest for number in (1, 2))
+    if through == "copy":
+        imported(ledger, "copy", dirty)
+        stack.seal("copy", [("cy", "learned on the copy")])
+        stack.train("copy")
+        dirty = ledger.version("copy", 2).digest
+    ledger.forget("ahead", key.subject("ann"), ["ghost"], "control", ahead=True)
+    ledger.forget("other", key.subject("dan"), ["elsewhere"], "control", ahead=True)
+    with pytest.raises(Refused, match="forgotten in ghost"):
+        ledger.check_import("ghost", dirty)
+    with pytest.raises(Refused, match="forgotten in ghost"):
+        imported(ledger, "ghost", dirty)
+    assert "ghost" not in ledger.heads()
+    ledger.check_import("elsewhere", dirty)
+    imported(ledger, "ghost", clean)
+    assert ledger.releases()["ghost"] == (1, clean)
+    assert ledger.releases()["acme"][0] == 2
+
+
+def test_who_is_allowed_again_keeps_no_import_away(stack: Stack) -> None:
+    ledger, ann = stack.ledger, stack.key.subject("ann")
+    ledger.forget("ahead", ann, ["ghost"], "control", ahead=True)
+    ledger.allow(ann, ["ghost"], "test")
+    imported(ledger, "ghost", ledger.version("acme", 2).digest)
+
+
+def test_an_allow_asks_kafka_only_where_something_ends(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_: Settings) -> dict[tuple[str, int], int]:
+        raise Unavailable("Kafka does not say.", "Is it running?")
+
+    monkeypatch.setattr("riverdelta.registry.operations.log_ends", away)
+    acts = Operations(stack.ledger, stack.settings, "test")
+    acts.forget("ann", ["acme"])
+    acts.forget("eve", None)
+    for who, where in (("ann", ["other"]), ("bob", ["acme"]), ("bob", None)):
+        assert acts.allow(who, where, request=f"{who}/{where}") == []
+        with pytest.raises(NotFound):
+            acts.allow(who, where)
+    with pytest.raises(Conflict, match="all adapters"):
+        acts.allow("eve", ["acme"], request="eve")
+    with pytest.raises(Unavailable):
+        acts.allow("ann", ["acme"], request="ann")
+    monkeypatch.setattr("riverdelta.registry.operations.log_ends", lambda _: {})
+    acts.forget("bob", ["acme"])
+    assert acts.allow("bob", ["acme"], request="bob/['acme']") == [], "an id acts once"
