@@ -24,7 +24,9 @@ def publish(settings: Settings, file: Path, adapter: str, subject: str, as_json:
     from riverdelta.streams.publish import publish as send
 
     columns = (TextColumn("publishing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with _open(file) as lines, Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with _open(file) as lines, shown as bar:
         total = None
         if str(file) != "-" and lines.seekable():
             total = check_lines(fill(line, adapter, subject) for line in lines)

@@ -13,7 +13,7 @@ from pathlib import Path
 from .errors import BadInput, Corrupt
 from .names import subject_name
 
-_FILE = "subjects.key"
+SUBJECT_KEY = "subjects.key"
 
 
 def secret_file(folder: Path, name: str, make: Callable[[], bytes]) -> bytes:
@@ -48,7 +48,7 @@ class SubjectKey:
     @classmethod
     def open(cls, folder: Path) -> "SubjectKey":
         """The key in `folder`, made on first use."""
-        return cls(secret_file(folder, _FILE, lambda: secrets.token_bytes(32)))
+        return cls(secret_file(folder, SUBJECT_KEY, lambda: secrets.token_bytes(32)))
 
     def subject(self, name: str) -> str:
         """A subject's keyed hash, 64 hex digits: the only form in which a subject is stored."""

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from riverdelta.core.errors import Corrupt, NotFound, Refused, Unavailable
-from riverdelta.core.keys import SubjectKey
+from riverdelta.core.keys import SUBJECT_KEY, SubjectKey
 from riverdelta.core.settings import Settings
 
-from .keystore import KeyStore
+from .keystore import ROOT_KEY, WRAPPED_ROOT_KEY, KeyStore
 from .ledger import Ledger
 
 
@@ -43,6 +43,7 @@ def check_base(ledger: Ledger, digest: str) -> None:
 
 def subject_key(ledger: Ledger, settings: Settings) -> SubjectKey:
     """The key that subjects are hashed under; `Corrupt` when the ledger was made with another."""
+    _check_there(ledger, "subject-key", settings, SUBJECT_KEY)
     with _usable(settings):
         key = SubjectKey.open(settings.keys_dir)
     fingerprint = key.subject("riverdelta:fingerprint")
@@ -56,6 +57,7 @@ def subject_key(ledger: Ledger, settings: Settings) -> SubjectKey:
 
 def key_store(ledger: Ledger, settings: Settings) -> KeyStore:
     """The key store that the settings name; `Corrupt` when the ledger was made with another root key."""
+    _check_there(ledger, "root-key", settings, WRAPPED_ROOT_KEY if settings.registry.kms else ROOT_KEY)
     with _usable(settings):
         keys = KeyStore.open(settings)
     if ledger.remember("root-key", keys.fingerprint) != keys.fingerprint:
@@ -65,6 +67,16 @@ def key_store(ledger: Ledger, settings: Settings) -> KeyStore:
             "Restore contents.key, or set `keys` to the folder that holds it: without it no content can be read.",
         )
     return keys
+
+
+def _check_there(ledger: Ledger, fact: str, settings: Settings, name: str) -> None:
+    """`Corrupt` where the ledger has a key that is not in its folder: another in its place would be in the way of the
+    one that is restored."""
+    if ledger.recall(fact) is not None and not (settings.keys_dir / name).exists():
+        raise Corrupt(
+            f"There is no {name} in {settings.keys_dir}, and this ledger was made with one.",
+            "Restore the key folder from its backup, or set `keys` to the folder that holds it.",
+        )
 
 
 @contextmanager

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .operations import Operations
 
 app = typer.Typer(
+    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Adapters and their versions: create, look, release, roll back, forget, verify.",
@@ -455,7 +456,9 @@ def _bytes(path: Path) -> bytes:
 def import_(
     name: Name,
     folder: Annotated[Path, typer.Argument(help="PEFT folder: adapter_config.json and adapter_model.safetensors.")],
-    base: Annotated[str, typer.Option(help="Base model, if the settings name none.")] = "",
+    base: Annotated[
+        str, typer.Option(help="Base model, a folder or a Hugging Face id, if the settings name none.")
+    ] = "",
     reason: Reason = "",
     actor: Actor = "",
     as_json: AsJson = False,

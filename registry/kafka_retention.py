@@ -17,7 +17,7 @@ def retention(settings: Settings, topics: Collection[str]) -> dict[str, float]:
     Left out are topics that keep records for ever or are compacted, and all that a cluster does not tell: one that is
     away, does not let this client ask, or has no such call, as the embedded broker.
     """
-    if not settings.kafka.bootstrap:
+    if not settings.kafka.bootstrap or settings.running().get("embedded") == "true":
         return {}
     from kafka.admin import ConfigResource, ConfigResourceType
     from kafka.errors import KafkaError

@@ -26,6 +26,7 @@ from riverdelta.core.settings import Settings
 from .ledger.database import Database
 from .ledger.journal import chunks
 
+ROOT_KEY, WRAPPED_ROOT_KEY = "contents.key", "contents.key.wrapped"
 _NONCE_BYTES = 12
 _ROOT_BYTES = 32
 _KMS_SECONDS = 60.0
@@ -86,9 +87,9 @@ def root_key(folder: Path, kms: Kms | None) -> bytes:
     """The key that all others are wrapped under, made on first use: in the clear, or as the KMS has wrapped it."""
     made = secrets.token_bytes(_ROOT_BYTES)
     if kms is None:
-        root = secret_file(folder, "contents.key", lambda: made)
+        root = secret_file(folder, ROOT_KEY, lambda: made)
     else:
-        root = kms.unwrap(secret_file(folder, "contents.key.wrapped", lambda: kms.wrap(made)))
+        root = kms.unwrap(secret_file(folder, WRAPPED_ROOT_KEY, lambda: kms.wrap(made)))
     if len(root) != _ROOT_BYTES:
         raise Corrupt(
             f"The root key has {len(root)} bytes, not {_ROOT_BYTES}.", "Restore the key folder from a backup."

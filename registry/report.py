@@ -158,8 +158,12 @@ def print_fence(report: ForgetReport, already: bool) -> None:
         )
     if already:
         _out.print("The subject is forgotten here already.")
-    elif not entries:
+    elif not entries and not versions:
         _out.print("No entry names this subject: check the spelling, if it should have any.")
+    elif not entries:
+        _out.print(
+            "No entry here names the subject: what is revoked learned from it in another adapter. Name that one too."
+        )
     if receipt is not None:
         gone = (
             f"; {receipt.gone} more lie beyond the forget horizon, and their contents are gone" if receipt.gone else ""

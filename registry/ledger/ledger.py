@@ -76,12 +76,15 @@ class Ledger(Sealing, Claims, Forgetting, Views):
 
     # -- the folder's own facts ------------------------------------------------------------------------------
 
+    def recall(self, key: str) -> str | None:
+        """A fact about the whole ledger, if it is written."""
+        with self.db.read() as c:
+            return c.execute(sa.select(t.meta.c.value).where(t.meta.c.key == key)).scalar()
+
     def remember(self, key: str, value: str) -> str:
         """Write a fact about the whole ledger once; the value that stands is returned."""
-        with self.db.read() as c:
-            known = c.execute(sa.select(t.meta.c.value).where(t.meta.c.key == key)).scalar()
-        if known is not None:
-            return str(known)
+        if (known := self.recall(key)) is not None:
+            return known
         with self.db.write() as c:
             return self._remember(c, key, value)[0]
 

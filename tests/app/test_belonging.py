@@ -10,6 +10,7 @@ from riverdelta.app.audit import audit
 from riverdelta.app.counterfactual import run
 from riverdelta.app.trace import trace
 from riverdelta.core.errors import Corrupt, NotFound, Refused
+from riverdelta.core.keys import SubjectKey
 from riverdelta.core.settings import Settings
 from riverdelta.registry.belonging import check_base, subject_key
 from tests.registry.stack import Stack, two_versions
@@ -30,8 +31,10 @@ def certificate(stack: Stack) -> dict[str, Any]:
 
 def test_another_subject_key_is_refused(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(stack.settings.keys_dir)  # not mounted, say
-    with pytest.raises(Corrupt, match="subject key"):
+    with pytest.raises(Corrupt, match="no subjects.key"):
         trace(stack.settings, "order-1", "", "", False)
+    assert not stack.settings.keys_dir.exists(), "nothing is in the way of what is restored"
+    SubjectKey.open(stack.settings.keys_dir)
     with pytest.raises(Corrupt, match="subject key"):
         run(stack.settings, "acme", ["ann"])
     assert capsys.readouterr().out == ""
