@@ -31,7 +31,7 @@ def certificate(stack: Stack) -> dict[str, Any]:
 
 def test_another_subject_key_is_refused(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(stack.settings.keys_dir)  # not mounted, say
-    with pytest.raises(Corrupt, match="no subjects.key"):
+    with pytest.raises(Corrupt, match=r"no subjects\.key"):
         trace(stack.settings, "order-1", "", "", False)
     assert not stack.settings.keys_dir.exists(), "nothing is in the way of what is restored"
     SubjectKey.open(stack.settings.keys_dir)
