@@ -118,4 +118,4 @@ def test_a_lost_key(asleep: River, tmp_path: Path) -> None:
     asleep.environment["RIVERDELTA_BASE"] = str(tmp_path / "absent")
     _refuses(asleep, code=3)  # checks the keys before the base
     shutil.rmtree(tmp_path / "data-keys")
-    assert "subject key" in _refuses(asleep, code=7)
+    assert "no subjects.key" in _refuses(asleep, code=7)

@@ -174,12 +174,16 @@ def test_forget_reports_what_it_revoked(data: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_with_other_keys_nothing_is_forgotten_by_mistake(data: Path) -> None:
-    """A key folder that was not mounted looks like a new one: with its subject key nobody would be found."""
+    """With another subject key nobody would be found; and where a key is missing, none is made in its place."""
     asked = ("forget", "--subject", "ann", "--adapter", "acme", "--serve-until-rebuilt")
     assert run(data, *asked, "1e12").returncode == 2
     keys = Settings(data=data).keys_dir
     run(data, "allow", "--subject", "nobody", "--adapter", "acme")
     keys.rename(data.with_name("away"))
+    refused = run(data, *asked, "0")
+    assert (refused.returncode, "There is no subjects.key" in refused.stderr, keys.exists()) == (7, True, False)
+    keys.mkdir()
+    (keys / "subjects.key").write_bytes(bytes(32))
     refused = run(data, *asked, "0")
     assert (refused.returncode, "The subject key in" in refused.stderr) == (7, True)
     assert as_json(data, "list")["forgets"] == []
@@ -187,7 +191,10 @@ def test_with_other_keys_nothing_is_forgotten_by_mistake(data: Path) -> None:
     assert run(data, "gc").returncode == 0  # the root key is remembered when it is first used ...
     (keys / "contents.key").unlink()
     refused = run(data, "gc")
-    assert (refused.returncode, "The root key in" in refused.stderr) == (7, True)  # ... and from then on asked for
+    assert (refused.returncode, "There is no contents.key" in refused.stderr) == (7, True)  # ... and then asked for
+    (keys / "contents.key").write_bytes(bytes(32))
+    refused = run(data, "gc")
+    assert (refused.returncode, "The root key in" in refused.stderr) == (7, True)
 
 
 def test_the_progress_of_a_forget_is_in_list_and_log(data: Path) -> None:
