@@ -224,7 +224,7 @@ class Forgetting(Lending, Reaching):
                             f"Request {request[:80]} was about somebody else.", "Use a fresh id for each request."
                         )
                     return []
-            held = set(c.execute(sa.select(s.adapter).where(s.subject == subject)).scalars())
+            held = self._suppressed_in(c, subject)
             if adapters is not None and EVERYWHERE in held:
                 raise Conflict(
                     "The subject is suppressed for all adapters.",
@@ -241,6 +241,15 @@ class Forgetting(Lending, Reaching):
             changes = [(head, Change(head, (fact,))) for head, fact in zip(heads, facts, strict=True)]
             self._apply_all(c, changes, actor, reason)
         return lifted
+
+    def suppressed_in(self, subject: str) -> set[str]:
+        """The adapters that must not learn from a subject (`*`: all, those to come included)."""
+        with self.db.read() as c:
+            return self._suppressed_in(c, subject)
+
+    def _suppressed_in(self, c: sa.Connection, subject: str) -> set[str]:
+        s = t.suppressions.c
+        return set(c.execute(sa.select(s.adapter).where(s.subject == subject)).scalars())
 
     def suppressed(self, adapter: str) -> frozenset[str]:
         """The keyed hashes of the subjects that an adapter must not learn from."""

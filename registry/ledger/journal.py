@@ -13,8 +13,8 @@ from riverdelta.core.times import now
 from . import tables as t
 from .database import Database
 from .decisions import Change
-from .records import AdapterRecord, Manifest, Outcome, SegmentRecord, VersionRecord
-from .rows import adapter_of, segment_of, version_of
+from .records import AdapterRecord, Fact, Manifest, Outcome, SegmentRecord, VersionRecord
+from .rows import adapter_of, fact_of, segment_of, version_of
 
 T = TypeVar("T")
 
@@ -197,6 +197,11 @@ class Journal:
             for digest, revoked, adapter, number in c.execute(query):
                 (held if revoked or number in dirty.get(adapter, ()) else clean).add(digest)
         return held - clean
+
+    def _facts(self, c: sa.Connection, adapter: str, after: int = 0) -> list[Fact]:
+        """The journal of an adapter after a sequence number, in order."""
+        query = sa.select(t.facts).where(t.facts.c.adapter == adapter, t.facts.c.seq > after).order_by(t.facts.c.seq)
+        return [fact_of(row) for row in c.execute(query)]
 
     def _suppressed(self, c: sa.Connection, adapter: str) -> frozenset[str]:
         """The subjects that an adapter must not learn from."""

@@ -21,7 +21,7 @@ from .decisions import Change, Line
 from .forgetting import Forgetting
 from .records import AdapterRecord, Cause, Fact, Gap, Hand, Manifest, Outcome, PartRecord, SegmentRecord, VersionRecord
 from .retention import decide_retention
-from .rows import adapter_of, fact_of, segment_of, version_of, version_row
+from .rows import adapter_of, segment_of, version_of, version_row
 from .sealing import Sealing
 from .view import Views
 
@@ -138,9 +138,8 @@ class Ledger(Sealing, Claims, Forgetting, Views):
 
     def facts(self, adapter: str, after: int = 0) -> list[Fact]:
         """The journal of an adapter after a sequence number, in order."""
-        query = sa.select(t.facts).where(t.facts.c.adapter == adapter, t.facts.c.seq > after).order_by(t.facts.c.seq)
         with self.db.read() as c:
-            return [fact_of(row) for row in c.execute(query)]
+            return self._facts(c, adapter, after)
 
     # -- streams: segments -----------------------------------------------------------------------------------
 
@@ -165,12 +164,6 @@ class Ledger(Sealing, Claims, Forgetting, Views):
         query = sa.select(t.segments).where(s.adapter == adapter, s.first + s.count > index).order_by(s.number)
         with self.db.read() as c:
             return [(segment_of(row), Manifest.unpack(row.manifest)) for row in c.execute(query)]
-
-    def suppressed_in(self, subject: str) -> set[str]:
-        """The adapters that must not learn from a subject (`*`: all, those to come included)."""
-        s = t.suppressions.c
-        with self.db.read() as c:
-            return set(c.execute(sa.select(s.adapter).where(s.subject == subject)).scalars())
 
     def move_positions(self, moves: Mapping[tuple[str, int, int], int]) -> None:
         """Record from where a restarted dataflow must read again, by (incarnation, partition, bucket of adapters)."""

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from . import tables as t
 from .journal import Journal
 from .records import AdapterRecord, Fact, SegmentRecord, VersionRecord
-from .rows import fact_of, segment_of
+from .rows import segment_of
 
 _AT_ONCE = 100  # segments, whose manifests are held in memory
 
@@ -31,10 +31,9 @@ class Views(Journal):
     @contextmanager
     def view(self, adapter: str) -> Iterator[View]:
         """An adapter as it is now; open it for no longer than reading takes."""
-        query = sa.select(t.facts).where(t.facts.c.adapter == adapter).order_by(t.facts.c.seq)
         with self.db.read() as c:
             head = self._adapter(c, adapter)
-            facts = [fact_of(row) for row in c.execute(query)]
+            facts = self._facts(c, adapter)
             versions, suppressed = self._versions(c, adapter), self._suppressed(c, adapter)
             yield View(head, facts, versions, suppressed, _segments(c, adapter))
 

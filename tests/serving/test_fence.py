@@ -317,12 +317,18 @@ def test_nothing_about_a_prompt_is_logged(hand, serve, caplog):
     assert "ann the subject" not in logged
 
 
-def test_a_hold_that_ends_frees_no_revoked_weights(hand, serve):
-    """The line that a rollback left began with a copy of what a forget has revoked since."""
+def copied(hand) -> str:
+    """The digest of acme's release, which saw ann, and of the adapter that was imported from it."""
     hand.adapter("acme")
     hand.release("acme", ["bob"])
-    dirty = hand.release("acme", ["ann"])
-    hand.ledger.import_adapter("copy", Recipe(), dirty, {"imported": True}, "op")
+    digest = hand.release("acme", ["ann"])
+    hand.ledger.import_adapter("copy", Recipe(), digest, {"imported": True}, "op")
+    return digest
+
+
+def test_a_hold_that_ends_frees_no_revoked_weights(hand, serve):
+    """The line that a rollback left began with a copy of what a forget has revoked since."""
+    dirty = copied(hand)
     running = serve(hand.settings)
     acts = Operations(hand.ledger, hand.settings, "op")
     acts.rollback("copy", 0)
@@ -337,10 +343,7 @@ def test_a_hold_that_ends_frees_no_revoked_weights(hand, serve):
 
 def test_a_forget_in_a_copy_cuts_off_the_copy_and_leaves_what_it_is_a_copy_of(hand, serve):
     """Both are the same weights: an engine cannot tell their answers apart, so for a moment both end."""
-    hand.adapter("acme")
-    hand.release("acme", ["bob"])
-    dirty = hand.release("acme", ["ann"])
-    hand.ledger.import_adapter("copy", Recipe(), dirty, {"imported": True}, "op")
+    dirty = copied(hand)
     running = serve(hand.settings)
     events = streamed(running, "copy", max_tokens=200)
     assert next(events)["system_fingerprint"] == dirty
