@@ -331,7 +331,7 @@ def verify(
 
     from .belonging import key_store
     from .report import print_verified
-    from .verify import check_issued
+    from .verify import Verified, check_issued
     from .verify import verify as check
 
     if name and request:
@@ -352,7 +352,9 @@ def verify(
         store, keys = ObjectStore(settings.store_url), key_store(ledger, settings)
         found = [check(ledger, store, keys, head.name) for head in heads]
         issued = check_issued(ledger, store, name)
-        found = [replace(each, problems=(*each.problems, *issued.get(each.adapter, ()))) for each in found]
+        found = [replace(each, problems=(*each.problems, *issued.pop(each.adapter, ()))) for each in found]
+        if not name:  # of adapters that are still to be made
+            found += [Verified(other, 0, 0, 0, tuple(problems)) for other, problems in issued.items()]
     if replay and replayer is None:
         raise Unsupported("Replaying needs the trainer.", "Run it as `riverdelta registry verify --replay`.")
     learned = [head.name for head in heads if name or head.release]

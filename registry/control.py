@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from riverdelta.core.errors import BadInput, Conflict, Corrupt, RiverdeltaError
-from riverdelta.core.names import ADAPTER, subject_name
+from riverdelta.core.names import check_adapter, subject_name
 from riverdelta.core.settings import Settings
 
 from .belonging import KeptOpen, subject_key
@@ -70,8 +70,10 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
             raise BadInput("A request's id is of printable characters.", "See docs/forgetting.md.")
         if bool(message.adapter) == message.all_adapters:
             raise BadInput("A request names an adapter or all_adapters, one of them.", "See docs/forgetting.md.")
-        if message.adapter and not ADAPTER.fullmatch(message.adapter):
-            raise BadInput("The request's adapter is no adapter's name.", "See docs/forgetting.md.")
+        try:
+            check_adapter(message.adapter or "any")
+        except BadInput as error:
+            raise BadInput("The request's adapter is no adapter's name.", "See docs/forgetting.md.") from error
         if message.serve_until_rebuilt and message.action != "forget":
             raise BadInput("Only a forget has a serve_until_rebuilt.", "See docs/forgetting.md.")
         return message

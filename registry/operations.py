@@ -333,19 +333,21 @@ def names(text: str, subject: str) -> bool:
 
 def _without(text: str, subject: str) -> str:
     """The text with the subject's own name struck out: facts are kept for good. A name of few letters is one only where
-    it stands for itself.
+    it stands for itself, in scripts that set words apart.
 
     >>> _without("Ann@x.org asked us to", "ann@x.org")
     '[subject] asked us to'
     >>> _without("of ANN\\n LEE, STRASSE 5", "Ann Lee"), _without("of STRASSE 5", "Straße 5")
     ('of [subject], STRASSE 5', 'of [subject]')
+    >>> _without("ß assesses", "ß"), _without("by Éa, idéal", "éa"), _without("请李写", "李")
+    ('[subject] assesses', 'by [subject], idéal', '请[subject]写')
     """
     text = subject_name(text)
-    words = re.split(r"\s+", _folded(subject_name(subject))[0].strip())
-    if words == [""]:
+    plain = _folded(subject_name(subject))[0].strip()
+    if not plain:
         return text
-    name = r"\s+".join(map(re.escape, words))
-    if len(subject) < 4 and subject.isascii():
+    name = r"\s+".join(map(re.escape, re.split(r"\s+", plain)))
+    if len(plain) < 4 and (plain.isascii() or plain != plain.upper()):  # scripts with capitals have spaces
         name = rf"(?<![^\W_]){name}(?![^\W_])"
     folded, places = _folded(text)
     kept, end = "", 0

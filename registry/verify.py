@@ -12,7 +12,7 @@ from riverdelta.core.store import ObjectStore, state_key, weights_key
 from . import contents
 from .keystore import KeyStore
 from .ledger import AdapterRecord, Fact, Ledger, Manifest, SegmentRecord, VersionRecord
-from .ledger.journal import chained
+from .ledger.journal import EVERYWHERE, chained
 from .ledger.view import View
 
 Said = TypeVar("Said")
@@ -190,10 +190,11 @@ def _check_object(store: ObjectStore, key: str, digest: str) -> list[str]:
 
 def check_issued(ledger: Ledger, store: ObjectStore, adapter: str = "") -> dict[str, list[str]]:
     """The certificates and manifests of finished forgets (of those that concern an adapter) that are not what was
-    issued, or not there: by the adapters that the forget erased in, or the first that it named."""
+    issued, or not there: by the adapters that the forget erased in, or the first that it named, whether or not it is
+    there yet (`*`: it named none, and there was none)."""
     found: dict[str, list[str]] = {}
     for forget in ledger.forgets():
-        concerned = [part["adapter"] for part in forget.body["doomed"]] or sorted(forget.adapters)[:1]
+        concerned = [part["adapter"] for part in forget.body["doomed"]] or sorted(forget.adapters)[:1] or [EVERYWHERE]
         if "certificate" not in forget.body or adapter not in ("", *concerned):
             continue
         for what in ("certificate", "manifest"):

@@ -44,10 +44,15 @@ def forget(stack: Stack, subject: str, request: str) -> bytes:
     """Forget a subject; the certificate."""
     Operations(stack.ledger, stack.settings, "op").forget(subject, ["acme"], request=request)
     stack.train("acme")
+    keep(stack)
+    return stack.store.get(certificate_key(request))
+
+
+def keep(stack: Stack) -> None:
+    """Bring every forget to its end."""
     keeper = Keeper(stack.ledger, stack.settings, stack.store, orphan_seconds=0.0)
     while keeper.advance_forgets():
         pass
-    return stack.store.get(certificate_key(request))
 
 
 @pytest.fixture(scope="module")
@@ -399,3 +404,31 @@ def test_another_certificate_in_the_place_of_one_is_found(tmp_path: Path) -> Non
     stack.store.delete(manifest_key("req-a"))
     [told] = [each for each in json.loads(run(data, "verify", "--json").stdout) if each["adapter"] == "acme"]
     assert told["problems"] == ["The manifest of the forget req-a is not the one that was issued."]
+
+
+def test_the_certificate_of_a_forget_ahead_of_its_adapter_is_checked_too(tmp_path: Path) -> None:
+    stack = two_versions(Settings(data=tmp_path / "data"))
+    acts = Operations(stack.ledger, stack.settings, "test")
+    asked = {"topic": "control", "incarnation": "run", "partition": 0, "offset": 0}
+    acts.fence("ann", ["later"], "", "ahead", 0.0, asked)
+    keep(stack)
+    data = stack.settings.data
+    assert run(data, "verify").returncode == 0
+    stack.store.put(certificate_key("ahead"), b"another")
+    done = run(data, "verify")
+    assert done.returncode == 7
+    assert "later: 0 facts" in done.stdout
+    assert "The certificate of the forget ahead is not the one that was issued." in " ".join(done.stdout.split())
+
+
+def test_the_certificate_of_a_forget_where_there_are_no_adapters_is_checked_too(tmp_path: Path) -> None:
+    stack = Stack(Settings(data=tmp_path / "data"))
+    Operations(stack.ledger, stack.settings, "test").forget("ann", None, request="early")
+    keep(stack)
+    assert run(stack.settings.data, "verify").returncode == 0
+    stack.store.delete(certificate_key("early"))
+    done = run(stack.settings.data, "verify", "--json")
+    assert done.returncode == 7
+    [told] = json.loads(done.stdout)
+    assert told["adapter"] == "*"
+    assert told["problems"] == ["The certificate of the forget early is not the one that was issued."]

@@ -43,6 +43,7 @@ def test_what_does_not_fit_is_named_without_a_quote() -> None:
         ({"all_adapters": True}, "one of them"),
         ({"id": "1\0ann"}, "printable"),
         ({"adapter": "ann\0"}, "no adapter's name"),
+        ({"adapter": "base"}, "no adapter's name"),
     ):
         with pytest.raises(BadInput, match=where) as refused:
             Message.read(json.dumps({**ASKED, **wrong}).encode())
