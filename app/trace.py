@@ -19,7 +19,8 @@ _ID_BYTES = 12  # of an event's hash, the id's share; the rest is the source's
 
 @dataclass(frozen=True)
 class Trace:
-    """An event as the ledger knows it. `live` says whether the adapter's release learned it."""
+    """An event as the ledger knows it. `versions` hold it; `revoked` are those that had learned its segment. `live`:
+    the adapter's release holds it."""
 
     adapter: str
     index: int
@@ -80,7 +81,7 @@ def find(ledger: Ledger, settings: Settings, event: str, source: str = "", adapt
                     for number in versions
                     if any(versions[ancestor].segment == segment.number for ancestor in lineage(versions, number))
                 ]
-                kept = [number for number in learned if not versions[number].revoked]
+                kept = [number for number in learned if not entry.tombstone and not versions[number].revoked]
                 yield Trace(
                     name,
                     segment.first + position,
@@ -92,9 +93,9 @@ def find(ledger: Ledger, settings: Settings, event: str, source: str = "", adapt
                     str(segment.cause),
                     entry.tombstone,
                     kept,
-                    [number for number in learned if number not in kept],
+                    [number for number in learned if versions[number].revoked],
                     head.release,
-                    head.release in kept and not entry.tombstone,
+                    head.release in kept,
                 )
 
 
@@ -107,7 +108,7 @@ def describe(found: Trace) -> str:
         f"  {found.adapter}: index {found.index}, {what}",
         f"  segment {found.segment}: {outcome}",
         f"  versions {_numbers(found.versions)}, revoked {_numbers(found.revoked)}",
-        f"  {'live' if found.live else 'not live'}: the release is version {found.release}",
+        f"  live: version {found.release}" if found.live else f"  the release, version {found.release}, is without it",
     ]
     return "\n".join(lines)
 
