@@ -180,12 +180,17 @@ class Operations:
     def allow(self, subject: str, adapters: Sequence[str] | None, reason: str = "", request: str = "") -> list[str]:
         """Let a subject be learned again, from what is sent to Kafka from now on; the adapters concerned (`*`: all).
         `NotFound` when it was not suppressed there; with a `request` id, so that a repeated request is no error, an
-        empty list. `Unavailable` while there is something to end and Kafka does not say what was sent before."""
+        empty list. `Unavailable` while there is something to end and nobody says what was sent before."""
         hashed = _hashed(self._ledger, self._settings, subject)
         reason = _line(_without(reason, subject))
         held = self._ledger.suppressed_in(hashed)
         if held if adapters is None else held & set(adapters):
             ends = log_ends(self._settings)
+            if not ends and self._ledger.has_read():  # what was sent before could not be told from what comes
+                raise Unavailable(
+                    "Nothing says where the log ends that the dataflow reads.",
+                    "Name its broker with kafka.bootstrap, or start `riverdelta up`.",
+                )
             lifted = self._ledger.allow(hashed, adapters, self._actor, reason, request or None, ends)
         else:  # the request counts as carried out, and lifts nothing that a forget suppresses just now
             lifted = self._ledger.allow(hashed, [], self._actor, reason, request or None)

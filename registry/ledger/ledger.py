@@ -180,6 +180,11 @@ class Ledger(Sealing, Claims, Forgetting, Views):
             rows = c.execute(sa.select(t.positions).where(t.positions.c.incarnation == incarnation))
             return {(row.partition, row.bucket): row.next_offset for row in rows}
 
+    def has_read(self) -> bool:
+        """Whether a dataflow has ever read events."""
+        with self.db.read() as c:
+            return bool(c.execute(sa.select(sa.exists().where(t.positions.c.bucket != _CONTROL))).scalar())
+
     def record_heard(self, incarnation: str, partition: int, until: int, waiting: Sequence[int]) -> None:
         """Record that every request on a partition of the control topic before an offset is done, but those at the
         `waiting` offsets."""
