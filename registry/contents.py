@@ -14,6 +14,7 @@ from riverdelta.core.store import ObjectStore
 
 from .keystore import KeyStore
 from .ledger import Forget, Ledger, Manifest, SegmentRecord
+from .ledger.journal import chunks
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,18 @@ def new_key(segment: SegmentRecord) -> str:
     return f"{home(segment.payload)}/{uuid.uuid4().hex}.seg"
 
 
-def erase(ledger: Ledger, keys: KeyStore, forget: Forget) -> None:
-    """Delete the keys that no live entry of what a forget has reached needs any more: from here on nobody can read what
+def erase(ledger: Ledger, keys: KeyStore, *forgets: Forget) -> None:
+    """Delete the keys that no live entry of what forgets have reached needs any more: from here on nobody can read what
     was forgotten. To be repeated at will."""
-    changes = {}
-    for part in forget.body["doomed"]:
-        for number in part["segments"]:
-            segment, manifest = ledger.segment(part["adapter"], number), ledger.manifest(part["adapter"], number)
+    parts = [part for forget in forgets for part in forget.body["doomed"]]
+    reached = {(part["adapter"], number) for part in parts for number in part["segments"]}
+    for chunk in chunks(sorted(reached)):
+        changes = {}
+        for adapter, number in chunk:
+            segment, manifest = ledger.segment(adapter, number), ledger.manifest(adapter, number)
             changes[segment.keyring] = partial(
                 payload.without_keys,
                 mentions=[entry.mentions for entry in manifest.entries],
                 live=[not entry.tombstone for entry in manifest.entries],
             )
-    keys.change(changes)
+        keys.change(changes)

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 
-from riverdelta.core.errors import Conflict, NotFound, RiverdeltaError, Unavailable
+from riverdelta.core.errors import Conflict, Corrupt, NotFound, RiverdeltaError, Unavailable
 from riverdelta.core.settings import Settings, new_holder
 from riverdelta.core.store import ObjectStore
 from riverdelta.core.telemetry import set_up_logs
@@ -139,6 +139,7 @@ class Keeper:
         self._orphan_seconds = orphan_seconds
         self._projection: Projection | None = None
         self._making = threading.Lock()
+        self._looked_back = False
         self._seen: dict[int, float] = {}  # fence -> when this keeper first saw it
         self._erased: set[str] = set()
         self._purges: dict[str, Purge] = {}
@@ -156,6 +157,7 @@ class Keeper:
 
     def advance_forgets(self) -> list[Forget]:
         """Take every unfinished forget as far as it can go now; those that remain."""
+        self._look_back()
         left = []
         for forget in self._ledger.forgets(unfinished=True):
             try:
@@ -174,6 +176,17 @@ class Keeper:
             if moved.stage is not Stage.PURGED:
                 left.append(moved)
         return left
+
+    def _look_back(self) -> None:
+        """Once, before anything is certified: delete what finished forgets have deleted, as the key store may be from a
+        backup, and a forget that is repeated finds nothing live any more."""
+        if not self._looked_back:
+            finished = [forget for forget in self._ledger.forgets() if forget.stage is Stage.PURGED]
+            try:
+                contents.erase(self._ledger, self._keys, *finished)
+            except Corrupt as error:
+                log.error("Keys that were forgotten may be left: %s", error)
+            self._looked_back = True
 
     def _advance(self, forget: Forget) -> Forget:
         if forget.id not in self._erased:  # whoever fenced may have been killed before

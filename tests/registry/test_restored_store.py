@@ -1,7 +1,9 @@
-"""A ledger from before a purge beside a store from after it, as the documented order of backups may leave them."""
+"""A ledger from before a purge beside a store from after it, as the documented order of backups may leave them; and a
+key store from before one that the ledger knows."""
 
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,16 +11,16 @@ import pytest
 from riverdelta.core.errors import NotFound
 from riverdelta.core.settings import Settings
 from riverdelta.registry import contents, gc
-from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import Forget, Stage
 from riverdelta.registry.operations import Operations
 from riverdelta.registry.verify import verify
 from tests.registry.stack import Stack, two_versions
+from tests.registry.test_purge_is_whole import keeper_of
 
 
 def purge(stack: Stack) -> list[Forget]:
     """The forgets that a keeper leaves unfinished."""
-    keeper = Keeper(stack.ledger, stack.settings, stack.store, orphan_seconds=0.0)
+    keeper = keeper_of(stack)
     for _ in range(4):
         if not (left := keeper.advance_forgets()):
             break
@@ -90,6 +92,32 @@ def test_what_a_purge_has_rewritten_is_rewritten_again_after_a_restore(stack: St
     [held] = stack.store.keys("segments/acme/" + stack.ledger.segment("acme", 2).keyring)
     assert held == stack.ledger.segment("acme", 2).payload
     assert verify(stack.ledger, stack.store, stack.keys, "acme").problems == ()
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_key_store_restored_alone_loses_again_what_was_forgotten(tmp_path: Path, repeated: bool) -> None:
+    """Repeated under a new id, a forget finds nothing live any more: the ledger says what the first one erased."""
+    stack = two_versions(Settings(data=tmp_path / "data"))
+    segment, path = stack.ledger.segment("acme", 2), stack.settings.keys_dir / "keys.db"
+    with closing(sqlite3.connect(path)) as held, closing(sqlite3.connect(tmp_path / "keys.copy")) as copy:
+        held.backup(copy)
+    forget(stack, "ann", "r1")
+    stack.train("acme")
+    assert purge(stack) == []
+    erased = stack.keys.get(segment.keyring)
+    stack.ledger.close()
+    stack.keys.close()
+    with closing(sqlite3.connect(tmp_path / "keys.copy")) as copy, closing(sqlite3.connect(path)) as held:
+        copy.backup(held)
+    stack = Stack(stack.settings)
+    assert stack.keys.get(segment.keyring) != erased
+    assert verify(stack.ledger, stack.store, stack.keys, "acme").problems
+    if repeated:
+        forget(stack, "ann", "r2")
+    assert purge(stack) == []
+    assert stack.keys.get(segment.keyring) == erased
+    assert verify(stack.ledger, stack.store, stack.keys, "acme").problems == ()
+    assert b"canary-bob-three" in (said(stack)[1][1] or b"")
 
 
 def test_a_payload_that_is_gone_for_good_is_told_of(stack: Stack) -> None:
