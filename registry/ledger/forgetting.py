@@ -18,7 +18,8 @@ from . import tables as t
 from .decisions import Change
 from .journal import EVERYWHERE, chunks
 from .lending import Lending
-from .reach import Reach, Reaching
+from .past import Reach
+from .reach import Reaching
 from .records import AdapterRecord, Forget, Outcome, Stage
 from .rows import adapter_of, forget_of
 
