@@ -1,11 +1,11 @@
 """Past: what weights may have learned from, decided without I/O from the versions that have them and stem from them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from . import decisions
 from .decisions import Versions
-from .records import AdapterRecord
+from .records import AdapterRecord, VersionRecord
 
 
 @dataclass
@@ -18,6 +18,16 @@ class Reach:
     touched: set[int] = field(default_factory=set)
     copies: set[int] = field(default_factory=set)
     dirty: set[int] = field(default_factory=set)
+
+
+def inherited(versions: Iterable[VersionRecord]) -> set[tuple[str, int]]:
+    """Those of all versions that have some weights, by adapter and number, that were imported, or follow an import and
+    learned nothing: training is no proof that an adapter came to its weights by itself."""
+    found = set[tuple[str, int, str]]()
+    for version in sorted(versions, key=lambda each: each.number):  # a parent's number is lower than its child's
+        if version.segment is None or (version.adapter, version.parent, version.digest) in found:
+            found.add((version.adapter, version.number, version.digest))
+    return {(adapter, number) for adapter, number, _ in found}
 
 
 @dataclass
@@ -49,22 +59,28 @@ class Past:
         """Go on to the copies of what is dirty; whether there were more."""
         for reach in self.reaches.values():
             reach.dirty = decisions.dirty_versions(reach.versions, reach.touched, reach.copies)
-        copies = {
-            (name, number)
-            for digest, held in self.holders.items()
-            if self._saw(digest) and not self._held_clean(digest, trained=True)
-            for name, number in held
-            if self.reaches[name].versions[number].segment is None and number not in self.reaches[name].dirty
-        }
-        for name, number in copies:
-            self.reaches[name].copies.add(number)
-        return bool(copies)
+        more = [
+            version
+            for digest in self.holders
+            if self._saw(digest) and not self._held_clean(digest, but=inherited(self._versions(digest)))
+            for version in self._versions(digest)
+            if version.segment is None and version.number not in self.reaches[version.adapter].dirty
+        ]
+        for version in more:
+            self.reaches[version.adapter].copies.add(version.number)
+        return bool(more)
+
+    def _versions(self, digest: str) -> list[VersionRecord]:
+        return [self.reaches[name].versions[number] for name, number in self.holders[digest]]
 
     def _saw(self, digest: str) -> bool:
         return any(number in self.reaches[name].dirty for name, number in self.holders[digest])
 
-    def _held_clean(self, digest: str, trained: bool = False) -> bool:
-        """Whether a clean version has it (one that was `trained` here)."""
-        clean = [(name, number) for name, number in self.holders[digest] if number not in self.reaches[name].dirty]
-        versions = [self.reaches[name].versions[number] for name, number in clean]
-        return any(not version.revoked and (version.segment is not None or not trained) for version in versions)
+    def _held_clean(self, digest: str, but: Collection[tuple[str, int]] = ()) -> bool:
+        """Whether a clean version has it (another than these)."""
+        return any(
+            not version.revoked
+            and version.number not in self.reaches[version.adapter].dirty
+            and (version.adapter, version.number) not in but
+            for version in self._versions(digest)
+        )

@@ -13,7 +13,7 @@ from riverdelta.core.errors import Corrupt
 from . import decisions
 from . import tables as t
 from .journal import Journal, chunks
-from .past import Past, Reach
+from .past import Past, Reach, inherited
 from .records import Manifest, VersionRecord
 from .rows import adapter_of, version_of
 
@@ -122,18 +122,21 @@ class Reaching(Journal):
                 reaches[row.name] = Reach(adapter_of(row), versions[row.name])
 
     def _copies(self, c: sa.Connection, digests: Collection[str], reaches: dict[str, Reach]) -> list[tuple[str, int]]:
-        """The imported versions that have one of these digests and are not written off yet. Where a clean version was
-        trained to the very same, they are copies of that."""
-        v = t.versions.c
-        columns = (v.adapter, v.number, v.digest, v.segment, v.revoked)
-        held = [
+        """The imported versions that have one of these digests and are not written off yet. Where a clean version that
+        is no copy itself has the very same, they are copies of that."""
+        rows = [
             row
             for chunk in chunks(sorted(digests))
-            for row in c.execute(sa.select(*columns).where(v.digest.in_(chunk)))
+            for row in c.execute(sa.select(t.versions).where(t.versions.c.digest.in_(chunk)))
+        ]
+        held = [
+            version_of(row)
+            for row in rows
             if row.adapter not in reaches or row.number not in reaches[row.adapter].dirty
         ]
-        clean = {row.digest for row in held if row.segment is not None and not row.revoked}
-        return [(row.adapter, row.number) for row in held if row.segment is None and row.digest not in clean]
+        copied = inherited(held)
+        clean = {each.digest for each in held if not each.revoked and (each.adapter, each.number) not in copied}
+        return [(each.adapter, each.number) for each in held if each.segment is None and each.digest not in clean]
 
     def _mentioning(self, c: sa.Connection, mentions: Iterable[str]) -> list[tuple[str, int]]:
         m = t.mentions.c

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from riverdelta.core.digests import sha256
@@ -17,7 +17,7 @@ from riverdelta.core.settings import Settings
 from riverdelta.core.store import weights_key
 from riverdelta.registry.certificate import check, check_stored
 from riverdelta.registry.keeper import Keeper
-from riverdelta.registry.ledger import Ledger, ManifestEntry, Stage
+from riverdelta.registry.ledger import Ledger, ManifestEntry, Stage, VersionRecord
 from riverdelta.registry.ledger import tables as t
 from riverdelta.registry.operations import Operations
 from riverdelta.registry.purge import PUBLIC_KEY, certificate_key
@@ -152,10 +152,17 @@ def test_what_a_writer_saw_is_asked_of_its_own_past_however_many_know_the_subjec
     ledger.close()
 
 
+_NOTHING_LEARNED = [
+    ("alone", 0, 0, "ann"),
+    ("import", 0, 0, ""),
+    ("forget", 0, 1, "cy"),
+    ("alone", 0, 0, "cy"),
+]
 acts = st.lists(
     st.one_of(
         st.tuples(st.just("learn"), st.integers(0, 9), st.integers(0, 9), st.sampled_from(SUBJECTS)),
         st.tuples(st.just("learn"), st.integers(0, 9), st.integers(0, 9), st.sampled_from(SUBJECTS)),
+        st.tuples(st.sampled_from(["late", "alone"]), st.integers(0, 9), st.integers(0, 9), st.sampled_from(SUBJECTS)),
         st.tuples(st.just("import"), st.integers(0, 9), st.integers(0, 9), st.just("")),
         st.tuples(st.just("forget"), st.integers(0, 9), st.integers(0, 2), st.sampled_from(SUBJECTS)),
         st.tuples(st.sampled_from(["back", "on"]), st.integers(0, 9), st.integers(0, 9), st.just("")),
@@ -167,6 +174,8 @@ acts = st.lists(
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(acts)
+@example([*_NOTHING_LEARNED, ("forget", 0, 1, "ann")])
+@example([*_NOTHING_LEARNED, ("forget", 1, 1, "ann")])
 def test_no_version_knows_who_was_forgotten_where_it_stands(done: list[tuple[str, int, int, str]]) -> None:
     """`knows` says of weights whose entries they were made of, through copies and text, in a book of the test's own."""
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
@@ -182,6 +191,12 @@ def test_no_version_knows_who_was_forgotten_where_it_stands(done: list[tuple[str
             if act == "learn":
                 writer = made[second % len(made)] if made and second % 3 else ""
                 world.seal(name, [([who], writer), ([SUBJECTS[second % 3]], "")])
+            elif act == "alone":  # a tombstone where they are forgotten
+                world.seal(name, [([who], "")])
+            elif act == "late":  # it teaches nothing: in a copy, where there is one
+                name = ([each for each in names if each.startswith("copy")] or names)[-1]
+                at = ledger.adapter(name).next_index
+                world.append(name, [ManifestEntry(0, 0, at, b"", (keyed(who),), tombstone=True)])
             elif act == "import" and made:
                 with_digest: Any = made[second % len(made)]
                 try:
@@ -196,16 +211,28 @@ def test_no_version_knows_who_was_forgotten_where_it_stands(done: list[tuple[str
                 ledger.rollback(name, 0, "test")
             elif act == "on" and ledger.adapter(name).held is not None:
                 ledger.resume(name, ("tip", "replay", "continue")[second % 3], "test")  # type: ignore[arg-type]
+            held = dict[str, list[VersionRecord]]()
             for each in ledger.heads():
                 _learn(world, each, knows)
                 check_adapter(world, each)
                 assert ledger.tainted(each, knows) == forwards(ledger, each, set(knows)), each
                 for version in ledger.versions(each).values():
+                    held.setdefault(version.digest, []).append(version)
                     gone = {subject for adapter, subject in forgotten if adapter == each}
                     assert version.revoked or gone.isdisjoint(knows[version.digest]), f"{each}@{version.number}"
+            for versions in held.values():
+                clean = [version for version in versions if not version.revoked]
+                copied = len(clean) < len(versions) and not any(learned(ledger, version) for version in clean)
+                assert not (clean and copied), "a copy is clean as long as what it is a copy of"
     finally:
         ledger.close()
         shutil.rmtree(folder)
+
+
+def learned(ledger: Ledger, version: VersionRecord) -> bool:
+    """Whether an adapter came to a version's weights by itself: it had others before."""
+    parent = ledger.version(version.adapter, version.parent).digest if version.parent else ""
+    return version.segment is not None and parent != version.digest
 
 
 def forwards(ledger: Ledger, adapter: str, digests: set[str]) -> set[str]:
