@@ -4,15 +4,17 @@ Where a forget horizon has let contents go, it is trained again from the oldest 
 of them; what lies before that cannot be trained again by anybody.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from riverdelta.core.errors import Gone, Refused
+from riverdelta.core.errors import Gone, Refused, RiverdeltaError
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.core.shards import shard_of
 from riverdelta.core.store import ObjectStore
 from riverdelta.registry.belonging import check_base, key_store
+from riverdelta.registry.keystore import KeyStore
 from riverdelta.registry.ledger import Hand, Ledger, Line, SegmentRecord, VersionRecord
 from riverdelta.registry.ledger.decisions import lineage, words
 
@@ -21,58 +23,74 @@ _WITHOUT = "The certificate's signature, paths and journal can be checked withou
 
 def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict[str, object]]:
     """Per adapter both digests, and `since`, the version that it was trained again from (0: the base). What a later
-    forget has superseded is left out: its entries cannot be read any more. `Refused` with another base model than the
-    ledger's."""
+    forget has superseded, and be it meanwhile, is left out: its entries cannot be read any more. `Refused` with another
+    base model than the ledger's."""
     from riverdelta.core.base import resolve
     from riverdelta.trainer.base import Base
+
+    store, keys, trainer = ObjectStore(settings.store_url), key_store(ledger, settings), settings.trainer
+
+    @cache
+    def base() -> Base:
+        loaded = Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
+        check_base(ledger, loaded.digest)
+        return loaded
+
+    done = []
+    for each in told["predicate"]["adapters"]:
+        name, tip = each["adapter"], each["tip"]
+        if not tip["version"] or ledger.version(name, tip["version"]).revoked:
+            continue
+        try:
+            found = _again(ledger, store, keys, base, name, tip)
+        except RiverdeltaError:
+            if ledger.version(name, tip["version"]).revoked:
+                continue
+            raise
+        if found["equal"] or not ledger.version(name, tip["version"]).revoked:
+            done.append(found)
+    return done
+
+
+def _again(
+    ledger: Ledger, store: ObjectStore, keys: KeyStore, load: Callable[[], Any], name: str, tip: Mapping[str, Any]
+) -> dict[str, object]:
+    """An adapter's tip, trained again."""
     from riverdelta.trainer.fingerprint import fingerprint
     from riverdelta.trainer.inputs import Log
     from riverdelta.trainer.replay import replay
 
-    store, keys = ObjectStore(settings.store_url), key_store(ledger, settings)
-    trainer, done, base = settings.trainer, [], None
-    for each in told["predicate"]["adapters"]:
-        name, number = each["adapter"], each["tip"]["version"]
-        versions = ledger.versions(name)
-        if not number or versions[number].revoked:
-            continue
-        line, head = Line.of(versions, number), ledger.adapter(name)
-        if line.root:
-            raise Refused(f"{name}@{line.root} was imported: what it learned before is not in the log.", _WITHOUT)
-        recipe, said = Recipe.from_dict(head.recipe), words(ledger.facts(name), versions, number)
-        segments = [ledger.segment(name, each) for each in sorted(line.segments)]
-        since, segments = _since(versions, number, segments, recipe)
-        if base is None:
-            base = Base.load(resolve(settings.base), trainer.device, trainer.dtype, trainer.threads)
-            check_base(ledger, base.digest)
-        log = Log(ledger, store, keys, recipe)
-        made = replay(
-            base,
-            recipe,
-            head.seed,
-            [log.said(segment) for segment in segments],
-            hands=tuple(said.get(segment.number, Hand.NONE) for segment in segments),
-            shards=[
-                [
-                    shard_of(entry.subjects, index, recipe.shards.count)
-                    for index, entry in enumerate(ledger.manifest(name, segment.number).entries, segment.first)
-                ]
-                for segment in segments
-            ],
-            numbers=[segment.number for segment in segments],
-            start=_start(base, ledger, store, log, recipe, versions, since, segments[0]) if since else None,
-        )[-1].digest
-        done.append(
-            {
-                "version": f"{name}@{number}",
-                "since": since,
-                "certified": each["tip"]["digest"],
-                "replayed": made,
-                "equal": made == each["tip"]["digest"],
-                "same_environment": fingerprint(base) == versions[number].fingerprint,
-            }
-        )
-    return done
+    number, head, versions = tip["version"], ledger.adapter(name), ledger.versions(name)
+    line, recipe = Line.of(versions, number), Recipe.from_dict(head.recipe)
+    if line.root:
+        raise Refused(f"{name}@{line.root} was imported: what it learned before is not in the log.", _WITHOUT)
+    said = words(ledger.facts(name), versions, number)
+    since, segments = _since(versions, number, [ledger.segment(name, each) for each in sorted(line.segments)], recipe)
+    base, log = load(), Log(ledger, store, keys, recipe)
+    made = replay(
+        base,
+        recipe,
+        head.seed,
+        [log.said(segment) for segment in segments],
+        hands=tuple(said.get(segment.number, Hand.NONE) for segment in segments),
+        shards=[
+            [
+                shard_of(entry.subjects, index, recipe.shards.count)
+                for index, entry in enumerate(ledger.manifest(name, segment.number).entries, segment.first)
+            ]
+            for segment in segments
+        ],
+        numbers=[segment.number for segment in segments],
+        start=_start(base, ledger, store, log, recipe, versions, since, segments[0]) if since else None,
+    )[-1].digest
+    return {
+        "version": f"{name}@{number}",
+        "since": since,
+        "certified": tip["digest"],
+        "replayed": made,
+        "equal": made == tip["digest"],
+        "same_environment": fingerprint(base) == versions[number].fingerprint,
+    }
 
 
 def _since(

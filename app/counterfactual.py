@@ -210,6 +210,8 @@ def run(settings: Settings, adapter: str, without: Collection[str]) -> dict[str,
     try:
         with progress(Console(stderr=True)) as show:
             result = train(ledger, settings, plan(ledger, adapter), without, show)
+        if not result.equal and ledger.version(adapter, result.version).revoked:
+            raise Conflict(f"{adapter}@{result.version} was revoked while it was trained again.", "Ask once more.")
     finally:
         ledger.close()
     return {**asdict(result), "without": list(without), "equal": result.equal}

@@ -242,7 +242,20 @@ def _exactly(written: str) -> bytes | None:
 
 def check_stored(ledger: Ledger, told: Mapping[str, Any], digest: str) -> tuple[list[str], list[str]]:
     """What the ledger says otherwise than a certificate with this SHA-256, and what has superseded it since: a later
-    forget that revoked what stood in the place of the first."""
+    forget that revoked what stood in the place of the first. Others may write meanwhile: a problem counts if the
+    journals have not grown since."""
+    names = [each["adapter"] for each in told["predicate"]["adapters"]]
+
+    def heads() -> list[int]:
+        return [ledger.adapter(name).head for name in names]
+
+    while True:
+        before, found = heads(), _compare(ledger, told, digest)
+        if not found[0] or heads() == before:
+            return found
+
+
+def _compare(ledger: Ledger, told: Mapping[str, Any], digest: str) -> tuple[list[str], list[str]]:
     problems, superseded = [], []
     held = told["predicate"]
     recorded = {forget.id: forget.body.get("certificate_sha") for forget in ledger.forgets()}

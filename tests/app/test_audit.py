@@ -131,3 +131,20 @@ def test_what_was_imported_is_refused_with_a_way_out(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="was imported") as refused:
         audit(settings, ledger, {"predicate": {"adapters": [tip]}})
     assert "without `--replay`" in refused.value.hint
+
+
+def test_what_is_superseded_while_it_is_trained_again_is_left_out(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Deployment(tmp_path, tiny_base, {"lora": {"rank": 4}, "training": {"passes": 1, "steps": 1}})
+    for number in range(2):
+        held.stack.seal("acme", [(who, f"{who} says {number} and more") for who in ("ann", "bob", "cy")])
+    held.settle()
+    load = Base.load
+
+    def slow(*given: Any) -> Base:
+        held.stack.ledger.forget("late", held.stack.key.subject("cy"), ["acme"], "test")
+        return load(*given)
+
+    monkeypatch.setattr(Base, "load", slow)
+    assert held.audit() == []

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -432,3 +432,20 @@ def test_the_certificate_of_a_forget_where_there_are_no_adapters_is_checked_too(
     [told] = json.loads(done.stdout)
     assert told["adapter"] == "*"
     assert told["problems"] == ["The certificate of the forget early is not the one that was issued."]
+
+
+def test_a_forget_between_two_looks_makes_no_certificate_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = two_versions(Settings(data=tmp_path / "data"))
+    stack.seal("acme", [("dan", "canary-dan"), ("bob", "canary-bob-four")])
+    stack.train("acme")
+    signed = forget(stack, "ann", "req")
+    told, versions = opened(signed, key_of(stack.store.get(PUBLIC_KEY))), stack.ledger.versions
+
+    def late(name: str) -> Any:
+        Operations(stack.ledger, stack.settings, "op").forget("dan", ["acme"], request="late")
+        return versions(name)
+
+    monkeypatch.setattr(stack.ledger, "versions", late)
+    problems, superseded = check_stored(stack.ledger, told, sha256(signed))
+    assert problems == []
+    assert len(superseded) == 1
