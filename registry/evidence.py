@@ -81,7 +81,6 @@ def finish(
     elsewhere += [_DELETED_ROWS] if not settings.ledger_url.startswith("sqlite") else []
     adapters, last = [], _issued_last(ledger)
     before = [draft["fenced_at"], *([later(last.body["purged_at"], 0.001)] if last else [])]
-    written_off = ledger.revoked_digests()
     for part in forget.body["doomed"]:
         name = part["adapter"]
         head, versions, facts = ledger.adapter(name), ledger.versions(name), ledger.facts(name)
@@ -104,7 +103,7 @@ def finish(
                 "environment": versions[head.tip].fingerprint if head.tip else {},
                 "journal": _journal(facts, forget.id),
                 "residual": {
-                    "elsewhere": elsewhere + _in_use(versions, part["versions"], written_off),
+                    "elsewhere": elsewhere + _in_use(ledger, versions, part["versions"]),
                     **_residual(facts),
                 },
             }
@@ -147,13 +146,14 @@ def _issued_last(ledger: Ledger) -> Forget | None:
     return max(issued, key=lambda held: str(held.body["purged_at"]), default=None)
 
 
-def _in_use(versions: Mapping[int, VersionRecord], revoked: list[int], written_off: frozenset[str]) -> list[str]:
+def _in_use(ledger: Ledger, versions: Mapping[int, VersionRecord], revoked: list[int]) -> list[str]:
     """What is said of weights that a copy had from where the subject was not forgotten."""
-    clean = written_off | {version.digest for version in versions.values() if not version.revoked}
+    clean = {version.digest for version in versions.values() if not version.revoked}
+    used = ledger.in_use({versions[number].digest for number in revoked} - clean)
     return [
         f"the weights of {versions[number].adapter}@{number}, in use in an adapter in which nobody was to be forgotten"
         for number in revoked
-        if versions[number].digest not in clean
+        if versions[number].digest in used
     ]
 
 

@@ -400,7 +400,7 @@ class Forgetting(Lending, Reaching):
         """Those of these keys that something names, a chunk's. Only they are looked up: the ledger may name very many,
         and is held meanwhile."""
         s, v = t.segments.c, t.versions.c
-        kept, stands = s.payload != "", (v.revoked if but_revoked else v.purged).is_(False)
+        kept, stands = s.payload != "", sa.and_(v.purged.is_(False), *([v.revoked.is_(False)] if but_revoked else []))
         named, others = set[str](), set(keys)
         for key_of, column, where in (
             ("keys/{}".format, s.keyring, kept),
@@ -416,6 +416,14 @@ class Forgetting(Lending, Reaching):
                 held = c.execute(sa.select(column).where(column.in_(names), where)).scalars()
                 named |= {key_of(name) for name in held}
         return named
+
+    def in_use(self, digests: Collection[str]) -> frozenset[str]:
+        """Those of these weights that a purge leaves: a version that is not revoked has them."""
+        keys, left = {weights_key(digest): digest for digest in digests}, set[str]()
+        with self.db.read() as c:
+            for chunk in chunks(sorted(keys)):
+                left |= self._named_of(c, chunk, but_revoked=True)
+        return frozenset(keys[key] for key in left)
 
     def revoked_digests(self) -> frozenset[str]:
         """Weights digests that only revoked versions have: text that they wrote must not be learned."""

@@ -7,9 +7,10 @@ import sqlalchemy as sa
 
 from riverdelta.core.digests import sha256
 from riverdelta.core.errors import BadInput, Conflict, NotFound, Refused, Unavailable
-from riverdelta.core.recipe import Recipe
+from riverdelta.core.recipe import Recipe, Retain
 from riverdelta.core.settings import Settings
 from riverdelta.core.store import weights_key
+from riverdelta.registry import gc
 from riverdelta.registry.certificate import check, check_stored
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import Ledger
@@ -18,6 +19,7 @@ from riverdelta.registry.purge import PUBLIC_KEY, certificate_key
 from riverdelta.registry.signing import key_of, opened
 from riverdelta.registry.verify import verify
 from tests.registry.stack import Stack, two_versions, wait
+from tests.registry.test_purge_is_whole import keeper_of
 
 
 @pytest.fixture
@@ -55,6 +57,38 @@ def test_a_copy_that_was_imported_goes_with_what_it_is_a_copy_of(stack: Stack, a
     told = opened(signed := stack.store.get(certificate_key(report.forget.id)), key_of(stack.store.get(PUBLIC_KEY)))
     assert check(told).problems == ()
     assert check_stored(ledger, told, sha256(signed))[0] == []
+
+
+def purged(stack: Stack, request: str) -> list[str]:
+    """What a forget's certificate says is left of weights, once it is purged."""
+    keeper = keeper_of(stack)
+    assert wait(lambda: all(held.id != request for held in keeper.advance_forgets()), 20)
+    told = opened(stack.store.get(certificate_key(request)), key_of(stack.store.get(PUBLIC_KEY)))
+    assert check(told).problems == ()
+    left = [each for part in told["predicate"]["adapters"] for each in part["residual"]["elsewhere"]]
+    return [each for each in left if "weights" in each]
+
+
+def test_a_copy_of_what_retention_has_let_go_takes_the_weights_with_it(tmp_path: Path) -> None:
+    """Nobody uses them any more, though the version that they were learned as is not revoked."""
+    stack = Stack(Settings(data=tmp_path / "data"))
+    ledger = stack.ledger
+    ledger.create("acme", Recipe(retain=Retain(every=100, targets=1)), "test")
+    stack.seal("acme", [("bob", "one")])
+    stack.seal("acme", [("ann", "secret"), ("bob", "two")])
+    stack.train("acme")
+    dirty = ledger.version("acme", 2).digest
+    imported(ledger, "copy", dirty)
+    for number in range(3):
+        stack.seal("acme", [("bob", f"more {number}")])
+        stack.train("acme")
+    gc.collect(ledger, stack.store, stack.keys, 0.0)
+    assert stack.store.exists(weights_key(dirty)), "copy answers with them"
+    assert [ledger.version("acme", 2).purged, ledger.version("acme", 2).revoked] == [True, False]
+    Operations(ledger, stack.settings, "test").forget("ann", ["copy"], request="r")
+    assert purged(stack, "r") == []
+    assert not stack.store.exists(weights_key(dirty))
+    assert verify(ledger, stack.store, stack.keys, "acme").problems == ()
 
 
 def test_one_name_written_in_two_ways_is_one_subject(stack: Stack) -> None:

@@ -118,8 +118,8 @@ def test_others_come_to_the_ledger_while_much_is_collected_from_a_slow_store(sta
 
 
 def test_what_is_named_stays_however_many_are_asked_about_and_only_they_are_looked_up(stack: Stack) -> None:
-    """By versions that stand, are revoked and are purged, by segments with contents and without; of more keys than one
-    statement takes."""
+    """By versions that stand, are revoked, are purged and were let go, by segments with contents and without; of more
+    keys than one statement takes."""
     ledger, s, v = stack.ledger, t.segments.c, t.versions.c
     with ledger.db.write() as c:
         for table in (t.segments, t.versions):
@@ -129,12 +129,13 @@ def test_what_is_named_stays_however_many_are_asked_about_and_only_they_are_look
         c.execute(t.segments.update().where(s.number % 7 == 0).values(payload=""))
         c.execute(t.versions.update().where(v.number % 5 == 0).values(revoked=True, purged=v.number % 2 == 0))
         c.execute(t.versions.update().where(v.number % 11 == 0).values(state=""))
+        c.execute(t.versions.update().where(v.number % 13 == 0).values(purged=True))
     every = {"keys/", "keys/none", state_key(""), weights_key(""), "weights/none", "states/none", "segments/none"}
     for number in range(3, 900):
         told = other(number)
         every |= {told["payload"], f"keys/{told['keyring']}", weights_key(told["digest"]), state_key(told["state"])}
     with ledger.db.read() as c:
-        usable = list(c.execute(sa.select(v.digest, v.state).where(v.revoked.is_(False))))
+        usable = list(c.execute(sa.select(v.digest, v.state).where(v.revoked.is_(False), v.purged.is_(False))))
     named = ledger.named_objects()
     standing = {weights_key(digest) for digest, _ in usable} | {state_key(state) for _, state in usable if state}
     standing |= {key for key in named if not key.startswith(("weights/", "states/"))}
