@@ -21,10 +21,15 @@ NEWEST = "0005"  # the last revision in migrations/versions
 _BUSY_SECONDS = 30.0  # that a transaction waits for another's lock (SQLite)
 _TRY_AGAIN_SECONDS = 0.001
 # Of PostgreSQL: whether others may still see rows that were deleted before a transaction, and for how long to wait for
-# them, and for those who hold the table: whoever comes meanwhile waits behind us.
+# them, and for those who hold the table: whoever comes meanwhile waits behind us. A transaction that has written keeps
+# such rows until it ends, from any of the server's databases: no view begins after it, ours neither. A view that is
+# held open keeps them from this database, or as a standby's or its slot's.
 _OLDER = sa.text(
-    "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
-    "AND age(backend_xmin) >= age(CAST(:this AS xid)))"
+    "SELECT pg_snapshot_xmin(pg_current_snapshot()) <= CAST(:this AS xid8) OR EXISTS (SELECT FROM ("
+    "SELECT backend_xmin FROM pg_stat_activity WHERE pid <> pg_backend_pid() "
+    "AND (datname = current_database() OR backend_type = 'walsender') "
+    "UNION ALL SELECT xmin FROM pg_replication_slots) AS views(xmin) "
+    "WHERE age(xmin) >= age(CAST(CAST(:this AS xid8) AS xid)))"
 )
 _OLDER_SECONDS, _LOOK_SECONDS = 10.0, 0.05
 _LOCK_SECONDS = 2
@@ -196,19 +201,27 @@ class Database:
         """Write a table anew: what was deleted or replaced stays in its file as dead rows, with whoever looks back to
         before that even in the new one."""
         with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            this = connection.execute(sa.text("SELECT pg_current_xact_id()::xid::text")).scalar()
+            this = connection.execute(sa.text("SELECT pg_current_xact_id()::text")).scalar()
             until = time.monotonic() + _OLDER_SECONDS
             while connection.execute(_OLDER, {"this": this}).scalar():
                 if time.monotonic() > until:
                     raise Unavailable(
-                        f"A transaction older than this keeps what the {self._what} deleted.", "Is a backup being made?"
+                        f"A transaction older than this keeps what the {self._what} deleted.",
+                        "Is a backup being made, or one open in another database of the server?",
                     )
                 time.sleep(_LOOK_SECONDS)
+            file = sa.select(sa.func.pg_relation_filenode(table))
+            before = connection.execute(file).scalar()
             connection.execute(sa.text(f"SET lock_timeout = '{_LOCK_SECONDS}s'"))
             try:
                 connection.execute(sa.text(f"VACUUM (FULL) {table}"))
             finally:
                 connection.execute(sa.text("RESET lock_timeout"))
+            if connection.execute(file).scalar() == before:  # who may not is only warned
+                raise Refused(
+                    f"The {self._what}'s table {table} was not written anew: this role is not its owner.",
+                    f"Let it be: ALTER TABLE {table} OWNER TO the role.",
+                )
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:

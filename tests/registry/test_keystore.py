@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from riverdelta.core.errors import BadInput, Corrupt, NotFound, Unavailable
+from riverdelta.core.errors import BadInput, Corrupt, NotFound, Refused, Unavailable
 from riverdelta.core.settings import Kafka, Registry, Settings
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.keystore import CommandKms, KeyStore
@@ -86,6 +86,55 @@ def test_deleted_keys_leave_the_tables_of_postgresql(tmp_path: Path, monkeypatch
         [adapter] = manifest["adapters"]
         assert any("write-ahead log" in each for each in adapter["residual"]["elsewhere"])
         engine.dispose()
+    finally:
+        server.remove()
+
+
+def test_what_keeps_a_deleted_key_in_the_tables_of_postgresql_is_waited_for_or_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever has begun to write, in whichever database, looks back as far as a reader; a table of another role's is
+    passed over by VACUUM without an error."""
+    monkeypatch.setattr(database, "_OLDER_SECONDS", 0.2)
+    server = Postgres()
+    try:
+        url, elsewhere = fresh(server.url), fresh(server.url)
+        engines = {each: sa.create_engine(each) for each in (url, elsewhere)}
+        store = KeyStore(url, bytes(32))
+
+        def deleted(name: str) -> bytes:
+            store.add({name: KEYS["two"]})
+            with engines[url].begin() as c:
+                query = sa.text("SELECT wrapped FROM keys WHERE name = :name")
+                wrapped = bytes(c.execute(query, {"name": name}).scalar_one())
+            store.change({name: lambda keys: bytes(len(keys))})
+            return wrapped
+
+        for busy, engine in engines.items():
+            with engine.connect() as c:
+                c.execute(sa.text("SELECT txid_current()"))  # and no more for now, as between two statements
+                wrapped = deleted(f"while {busy[-4:]} is busy")
+                with pytest.raises(Unavailable, match="older"):
+                    store.scrub()
+            store.scrub()
+            assert server.holding(wrapped) == {"pg_wal"}
+        with engines[url].begin() as c:
+            for statement in ("CREATE ROLE app LOGIN", "GRANT ALL ON keys TO app"):
+                c.execute(sa.text(statement))
+        lent = KeyStore(url.replace("river@", "app@"), bytes(32))
+        wrapped = deleted("of a table that is another role's")
+        with pytest.raises(Refused, match="owner"):
+            lent.scrub()
+        assert "base" in server.holding(wrapped)
+        with engines[url].begin() as c:
+            for statement in ("GRANT CREATE ON SCHEMA public TO app", "ALTER TABLE keys OWNER TO app"):
+                c.execute(sa.text(statement))
+        lent.scrub()
+        assert server.holding(wrapped) == {"pg_wal"}
+        for each in (store, lent):
+            each.close()
+        for engine in engines.values():
+            engine.dispose()
     finally:
         server.remove()
 
