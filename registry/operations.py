@@ -180,7 +180,9 @@ class Operations:
     def allow(self, subject: str, adapters: Sequence[str] | None, reason: str = "", request: str = "") -> list[str]:
         """Let a subject be learned again, from what is sent to Kafka from now on; the adapters concerned (`*`: all).
         `NotFound` when it was not suppressed there; with a `request` id, so that a repeated request is no error, an
-        empty list. `Unavailable` while there is something to end and nobody says what was sent before."""
+        empty list. `Unavailable` while there is something to end and nobody says what was sent before; `Conflict` where
+        somebody forgets the subject meanwhile."""
+        fence = self._ledger.last_fence()  # before the ends: what was sent before a forget stays forgotten
         hashed = _hashed(self._ledger, self._settings, subject)
         reason = _line(_without(reason, subject))
         held = self._ledger.suppressed_in(hashed)
@@ -191,7 +193,7 @@ class Operations:
                     "Nothing says where the log ends that the dataflow reads.",
                     "Name its broker with kafka.bootstrap, or start `riverdelta up`.",
                 )
-            lifted = self._ledger.allow(hashed, adapters, self._actor, reason, request or None, ends)
+            lifted = self._ledger.allow(hashed, adapters, self._actor, reason, request or None, ends, fence)
         else:  # the request counts as carried out, and lifts nothing that a forget suppresses just now
             lifted = self._ledger.allow(hashed, [], self._actor, reason, request or None)
         if not lifted and not request:

@@ -207,12 +207,15 @@ class Forgetting(Lending, Reaching):
         reason: str = "",
         request: str | None = None,
         ends: Mapping[tuple[str, int], int] | None = None,
+        fence: int | None = None,
     ) -> list[str]:
         """End suppression: the subject's events from each adapter's present index on may be learned again, but for
         those that lie in Kafka before the `ends` of its log, by (incarnation, partition).
 
-        Returns the adapters (or `*`) for which the subject was suppressed. A request id seen before changes nothing;
-        `Conflict` where that was about somebody else, and for some adapters of a subject that is suppressed for all.
+        Where it has been forgotten after the `fence` that these ends were read at, it stays so. Returns the adapters
+        (or `*`) for which the subject was suppressed. A request id seen before changes nothing; `Conflict` where that
+        was about somebody else, for some adapters of a subject that is suppressed for all, and where all that was to
+        end was forgotten after the fence.
         """
         s = t.suppressions.c
         with self.db.write() as c:
@@ -231,17 +234,32 @@ class Forgetting(Lending, Reaching):
                     "The subject is suppressed for all adapters.",
                     'Allow it with --all-adapters, or `"all_adapters": true`.',
                 )
-            lifted = sorted(held if adapters is None else held & set(adapters))
+            asked = held if adapters is None else held & set(adapters)
+            since = self._forgotten_since(c, subject, fence)
+            lifted = [] if EVERYWHERE in since else sorted(asked - since)
+            if asked and not lifted:
+                raise Conflict(
+                    "The subject was forgotten again after this was asked for.", "Allow it again, if that is wanted still."
+                )
             for chunk in chunks(lifted):
                 c.execute(t.suppressions.delete().where(s.subject == subject, s.adapter.in_(chunk)))
             for name in lifted if ends else ():
                 places = json.dumps([[*where, end] for where, end in sorted((ends or {}).items())])
                 self.db.put(c, t.meta, {"key": f"allowed/{name}/{subject}"}, {"value": places})
-            heads = self._heads(c, None if EVERYWHERE in lifted else lifted, missing=True).values()
+            found = self._heads(c, None if EVERYWHERE in lifted else lifted, missing=True)
+            heads = [head for name, head in found.items() if name not in since]
             facts = [("allow", {"subject": subject, "index": head.next_index}) for head in heads]
             changes = [(head, Change(head, (fact,))) for head, fact in zip(heads, facts, strict=True)]
             self._apply_all(c, changes, actor, reason)
         return lifted
+
+    def _forgotten_since(self, c: sa.Connection, subject: str, fence: int | None) -> set[str]:
+        """The adapters (`*`: all) in which a subject was forgotten after a fence."""
+        if fence is None:
+            return set()
+        f = t.forgets.c
+        rows = c.execute(sa.select(t.forgets).where(f.subject == subject, f.fence > fence))
+        return {name for held in map(forget_of, rows) for name in held.body["named"] or [EVERYWHERE]}
 
     def suppressed_in(self, subject: str) -> set[str]:
         """The adapters that must not learn from a subject (`*`: all, those to come included)."""

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from riverdelta.core.errors import Unavailable
+from riverdelta.core.errors import Conflict, Unavailable
+from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
 from riverdelta.registry.operations import Operations
+from riverdelta.registry.verify import verify
 from tests.registry.stack import Stack, two_versions
 
 
@@ -37,3 +39,43 @@ def test_where_no_event_was_ever_read_no_broker_is_needed(stack: Stack) -> None:
     acts.forget("ann", ["acme"])
     stack.ledger.record_heard("run", 0, 7, [])  # of the control topic
     assert acts.allow("ann", ["acme"]) == ["acme"]
+
+
+@pytest.mark.parametrize("named", [["acme"], None])
+def test_a_forget_that_comes_while_kafka_is_asked_stands(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, named: list[str] | None
+) -> None:
+    """What was sent between where the log ended and that forget would be learned."""
+    acts, others = (Operations(stack.ledger, stack.settings, who) for who in ("one", "two"))
+    stack.ledger.create("beta", Recipe(), "test")
+    for adapter in ("acme", "beta"):
+        acts.forget("ann", [adapter])
+
+    def ends(_: Settings) -> dict[tuple[str, int], int]:
+        others.forget("ann", named, request="second")
+        return {("run", 0): 5}
+
+    monkeypatch.setattr("riverdelta.registry.operations.log_ends", ends)
+    with pytest.raises(Conflict):
+        acts.allow("ann", ["acme"], request="x")
+    assert is_suppressed(stack, "ann")
+    assert not stack.ledger.allowed_from("acme")
+    monkeypatch.setattr("riverdelta.registry.operations.log_ends", lambda _: {("run", 0): 7})
+    assert acts.allow("ann", named, request="x"), "asked for again, under the id that did nothing"
+    assert not is_suppressed(stack, "ann")
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_what_else_was_to_end_ends(stack: Stack, monkeypatch: pytest.MonkeyPatch, everywhere: bool) -> None:
+    acts = Operations(stack.ledger, stack.settings, "test")
+    stack.ledger.create("beta", Recipe(), "test")
+    acts.forget("ann", None if everywhere else ["acme", "beta"])
+
+    def ends(_: Settings) -> dict[tuple[str, int], int]:
+        acts.forget("ann", ["acme"])
+        return {("run", 0): 5}
+
+    monkeypatch.setattr("riverdelta.registry.operations.log_ends", ends)
+    assert acts.allow("ann", None) == (["*"] if everywhere else ["beta"])
+    assert stack.ledger.suppressed_in(stack.key.subject("ann")) == {"acme"}
+    assert [verify(stack.ledger, stack.store, stack.keys, name).problems for name in ("acme", "beta")] == [(), ()]
