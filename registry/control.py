@@ -20,6 +20,7 @@ from msgspec import Meta, Struct
 from riverdelta.core.errors import BadInput, Conflict, Corrupt, RiverdeltaError
 from riverdelta.core.names import check_adapter, subject_name
 from riverdelta.core.settings import Settings
+from riverdelta.core.times import of_epoch
 
 from .belonging import KeptOpen, subject_key
 from .heard import Heard
@@ -219,7 +220,7 @@ class Control:
         """Carry out one record; what can never be carried out, whatever comes, is logged and passed over. `alone`: none
         before it waits."""
         where = {"topic": record.topic, "incarnation": incarnation, "partition": record.partition}
-        where["offset"] = record.offset
+        where |= {"offset": record.offset, "sent_at": _sent_at(record)}
         try:
             message = Message.read(record.value)
             # An id that names the subject would keep it: such a request acts once too, under a hash of its id.
@@ -233,7 +234,7 @@ class Control:
                 if alone and begun.stage is Stage.PURGED:  # asked for again: nobody else removes this message
                     delete_request(self._settings, where)
             else:
-                self._acts.allow(*about)
+                self._acts.allow(*about, where)
             log.info("%s by message", message.action, extra={"request": request, **where})
         except (BadInput, Conflict) as error:
             log.error("control message passed over: %s", error, extra=where)
@@ -250,3 +251,9 @@ class Control:
         if missing := [name for name, epoch in begun.adapters.items() if not epoch]:
             log.warning("there is no adapter %s yet: it will begin without the subject", *missing, extra=where)
         return begun
+
+
+def _sent_at(record: Any) -> str:
+    """When a record was sent, by Kafka's timestamp; "" where it has none. Never later than now: nothing could be asked
+    for after it."""
+    return of_epoch(min(record.timestamp / 1000, time.time())) if record.timestamp > 0 else ""

@@ -168,8 +168,8 @@ class Operations:
         asked: Mapping[str, Any] | None = None,
     ) -> Forget:
         """The forget's transaction and the deletion of keys: durable, and followed up by the keeper. `asked` says where
-        a message that asked for it lies: nobody is there to be told that an adapter does not exist, so the subject is
-        suppressed for when it does."""
+        a message that asked for it lies, and when it was sent: nobody is there to be told that an adapter does not
+        exist, so the subject is suppressed for when it does."""
         begun = self._begin(subject, adapters, reason, request, asked, serve_until_rebuilt)
         try:
             self._erase(begun)
@@ -177,11 +177,18 @@ class Operations:
             log.error("The keeper is to delete the keys: %s", error, extra={"request": begun.id})
         return begun
 
-    def allow(self, subject: str, adapters: Sequence[str] | None, reason: str = "", request: str = "") -> list[str]:
+    def allow(
+        self,
+        subject: str,
+        adapters: Sequence[str] | None,
+        reason: str = "",
+        request: str = "",
+        asked: Mapping[str, Any] | None = None,
+    ) -> list[str]:
         """Let a subject be learned again, from what is sent to Kafka from now on; the adapters concerned (`*`: all).
         `NotFound` when it was not suppressed there; with a `request` id, so that a repeated request is no error, an
         empty list. `Unavailable` while there is something to end and nobody says what was sent before; `Conflict` where
-        somebody forgets the subject meanwhile."""
+        the subject was forgotten since: meanwhile, or after the message that `asked` was sent (see `fence`)."""
         fence = self._ledger.last_fence()  # before the ends: what was sent before a forget stays forgotten
         hashed = _hashed(self._ledger, self._settings, subject)
         reason = _line(_without(reason, subject))
@@ -193,7 +200,7 @@ class Operations:
                     "Nothing says where the log ends that the dataflow reads.",
                     "Name its broker with kafka.bootstrap, or start `riverdelta up`.",
                 )
-            lifted = self._ledger.allow(hashed, adapters, self._actor, reason, request or None, ends, fence)
+            lifted = self._ledger.allow(hashed, adapters, self._actor, reason, request or None, ends, fence, asked)
         else:  # the request counts as carried out, and lifts nothing that a forget suppresses just now
             lifted = self._ledger.allow(hashed, [], self._actor, reason, request or None)
         if not lifted and not request:

@@ -49,11 +49,11 @@ class Forgetting(Lending, Reaching):
         `adapters` None means every adapter, those to come included. In an adapter that is named, all goes that has
         learned from the subject, even where the subject came in by another: a copy of that one's weights, text that it
         wrote. One that is not named is drawn in where it has learned so from a version revoked here. `asked` says where
-        a message that asked for it lies (topic, incarnation, partition, offset). With `until`, servers answer with the
-        releases that they have until their rebuild, or that time at the latest. A request id seen before changes
-        nothing and gives the procedure as it stands; `Conflict` where that was about somebody else, or did not name all
-        of these adapters, or a `receipt` has been written for one that is to begin now. An adapter that does not exist
-        is `NotFound`; `ahead` suppresses by its name, for when it is made.
+        a message that asked for it lies (topic, incarnation, partition, offset), and when it was sent (`sent_at`). With
+        `until`, servers answer with the releases that they have until their rebuild, or that time at the latest. A
+        request id seen before changes nothing and gives the procedure as it stands; `Conflict` where that was about
+        somebody else, or did not name all of these adapters, or a `receipt` has been written for one that is to begin
+        now. An adapter that does not exist is `NotFound`; `ahead` suppresses by its name, for when it is made.
         """
         if not request or len(request) > 128 or not request.isprintable():
             raise BadInput(
@@ -208,14 +208,15 @@ class Forgetting(Lending, Reaching):
         request: str | None = None,
         ends: Mapping[tuple[str, int], int] | None = None,
         fence: int | None = None,
+        asked: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """End suppression: the subject's events from each adapter's present index on may be learned again, but for
         those that lie in Kafka before the `ends` of its log, by (incarnation, partition).
 
-        Where it has been forgotten after the `fence` that these ends were read at, it stays so. Returns the adapters
-        (or `*`) for which the subject was suppressed. A request id seen before changes nothing; `Conflict` where that
-        was about somebody else, for some adapters of a subject that is suppressed for all, and where all that was to
-        end was forgotten after the fence.
+        Where it has been forgotten after the `fence` that these ends were read at, or after the message that `asked`
+        (see `forget`), it stays so. Returns the adapters (or `*`) for which the subject was suppressed. A request id
+        seen before changes nothing; `Conflict` where that was about somebody else, for some adapters of a subject that
+        is suppressed for all, and where all that was to end has been forgotten since.
         """
         s = t.suppressions.c
         with self.db.write() as c:
@@ -234,12 +235,13 @@ class Forgetting(Lending, Reaching):
                     "The subject is suppressed for all adapters.",
                     'Allow it with --all-adapters, or `"all_adapters": true`.',
                 )
-            asked = held if adapters is None else held & set(adapters)
-            since = self._forgotten_since(c, subject, fence)
-            lifted = [] if EVERYWHERE in since else sorted(asked - since)
-            if asked and not lifted:
+            wanted = held if adapters is None else held & set(adapters)
+            since = self._forgotten_since(c, subject, fence, asked)
+            lifted = [] if EVERYWHERE in since else sorted(wanted - since)
+            if wanted and not lifted:
                 raise Conflict(
-                    "The subject was forgotten again after this was asked for.", "Allow it again, if that is wanted still."
+                    "The subject was forgotten again after this was asked for.",
+                    "Allow it again, if that is wanted still.",
                 )
             for chunk in chunks(lifted):
                 c.execute(t.suppressions.delete().where(s.subject == subject, s.adapter.in_(chunk)))
@@ -253,13 +255,17 @@ class Forgetting(Lending, Reaching):
             self._apply_all(c, changes, actor, reason)
         return lifted
 
-    def _forgotten_since(self, c: sa.Connection, subject: str, fence: int | None) -> set[str]:
-        """The adapters (`*`: all) in which a subject was forgotten after a fence."""
-        if fence is None:
-            return set()
-        f = t.forgets.c
-        rows = c.execute(sa.select(t.forgets).where(f.subject == subject, f.fence > fence))
-        return {name for held in map(forget_of, rows) for name in held.body["named"] or [EVERYWHERE]}
+    def _forgotten_since(
+        self, c: sa.Connection, subject: str, fence: int | None, asked: Mapping[str, Any] | None
+    ) -> set[str]:
+        """The adapters (`*`: all) in which a subject was forgotten after an allow was asked for."""
+        rows = c.execute(sa.select(t.forgets).where(t.forgets.c.subject == subject))
+        since = [
+            held
+            for held in map(forget_of, rows)
+            if (fence is not None and held.fence > fence) or (asked and _was_sent_later(held, asked))
+        ]
+        return {name for held in since for name in held.body["named"] or [EVERYWHERE]}
 
     def suppressed_in(self, subject: str) -> set[str]:
         """The adapters that must not learn from a subject (`*`: all, those to come included)."""
@@ -449,6 +455,15 @@ class Forgetting(Lending, Reaching):
         with self.db.read() as c:
             revoked = set(c.execute(sa.select(v.digest).where(v.revoked.is_(True))).scalars())
             return frozenset(self._only_revoked(c, revoked))
+
+
+def _was_sent_later(held: Forget, asked: Mapping[str, Any]) -> bool:
+    """Whether a forget was asked for after a message was sent. On one partition the order is sure; else the times are
+    compared."""
+    mine = held.body.get("asked", {})
+    if all(mine.get(each) == asked[each] for each in ("incarnation", "partition")):
+        return int(mine["offset"]) > int(asked["offset"])
+    return str(mine.get("sent_at") or held.at) > str(asked["sent_at"])
 
 
 def _the_same(held: Forget, subject: str, adapters: Sequence[str] | None) -> Forget:

@@ -1,6 +1,11 @@
 """What `allow` ends, and what it leaves: nobody is learned from again that was not to be."""
 
+import random
+import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +15,7 @@ from riverdelta.core.settings import Settings
 from riverdelta.registry.operations import Operations
 from riverdelta.registry.verify import verify
 from tests.registry.stack import Stack, two_versions
+from tests.registry.test_waiting_requests import Reader, asks
 
 
 @pytest.fixture
@@ -79,3 +85,74 @@ def test_what_else_was_to_end_ends(stack: Stack, monkeypatch: pytest.MonkeyPatch
     assert acts.allow("ann", None) == (["*"] if everywhere else ["beta"])
     assert stack.ledger.suppressed_in(stack.key.subject("ann")) == {"acme"}
     assert [verify(stack.ledger, stack.store, stack.keys, name).problems for name in ("acme", "beta")] == [(), ()]
+
+
+def test_an_allow_that_is_heard_late_lifts_no_forget_made_since_it_was_sent(
+    stack: Stack, caplog: pytest.LogCaptureFixture
+) -> None:
+    acts = Operations(stack.ledger, stack.settings, "test")
+    acts.forget("ann", ["acme"])
+    time.sleep(0.002)
+    topic = [asks("late", "allow", "ann", "acme", sent=time.time() * 1000)]
+    time.sleep(0.002)
+    acts.forget("ann", ["acme"])
+    Reader(stack, topic).read()
+    assert is_suppressed(stack, "ann")
+    assert "forgotten again" in caplog.text
+    time.sleep(0.002)
+    topic += [asks("late", "allow", "ann", "acme")]
+    Reader(stack, topic).read()
+    assert not is_suppressed(stack, "ann"), "sent again"
+
+
+@pytest.mark.parametrize("sent", [{"sent": 1}, {"sent": -1}, {"sent": 2**62}])
+def test_on_one_partition_requests_are_in_order_whatever_their_clocks_say(stack: Stack, sent: dict[str, int]) -> None:
+    topic = [asks(0, "forget", "ann", "acme"), asks(1, "allow", "ann", "acme", **sent)]
+    Reader(stack, topic).read()
+    assert not is_suppressed(stack, "ann")
+    topic += [asks(2, "forget", "ann", "acme", **sent)]
+    Reader(stack, topic).read()
+    assert is_suppressed(stack, "ann")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whose_last_wish_is_to_be_forgotten_is_forgotten(tmp_path: Path, seed: int) -> None:
+    """By message or command, however late the keeper hears, and after a restore, the forgets made since repeated."""
+    dice = random.Random(seed)
+    settings = Settings(data=tmp_path / "data")
+    stack, kept, since = two_versions(settings), tmp_path / "backup", list[str]()
+    last, topic = dict[str, str](), list[dict[str, Any] | None]()
+
+    def copy(source: Path, target: Path) -> None:
+        with closing(sqlite3.connect(source)) as held, closing(sqlite3.connect(target)) as made:
+            held.backup(made)
+
+    def hear() -> None:
+        Reader(stack, topic).read()
+        for who, action in last.items():
+            assert action == "allow" or is_suppressed(stack, who), (who, topic)
+
+    copy(settings.data / "ledger.db", kept)
+    for number in range(30):
+        time.sleep(0.002)
+        who, action = dice.choice(["ann", "bob"]), dice.choice(["forget", "allow"])
+        if dice.random() < 0.5:
+            topic.append(asks(number, action, who, "acme", sent=time.time() * 1000))
+            last[who] = action
+        elif action == "forget":
+            Operations(stack.ledger, settings, "test").forget(who, ["acme"], request=f"{number}")
+            since.append(who)
+            last[who] = action
+        if dice.random() < 0.3:
+            hear()
+        if dice.random() < 0.1:
+            copy(settings.data / "ledger.db", kept)
+            since.clear()
+        if dice.random() < 0.1:
+            stack.ledger.close()
+            copy(kept, settings.data / "ledger.db")
+            stack = Stack(settings)
+            for place, again in enumerate(since):
+                acts = Operations(stack.ledger, settings, "test")
+                acts.forget(again, ["acme"], request=f"repeated {number}/{place}")
+    hear()

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +31,10 @@ def stack(tmp_path: Path) -> Stack:
 
 def say(control: Control, message: dict[str, Any], offset: int = 0) -> None:
     """One record of the topic."""
-    record = SimpleNamespace(topic="control", partition=0, offset=offset, value=json.dumps(message).encode())
-    control._act(record, "run")
+    value = json.dumps(message).encode()
+    control._act(
+        SimpleNamespace(topic="control", partition=0, offset=offset, value=value, timestamp=time.time() * 1000), "run"
+    )
 
 
 def test_what_does_not_fit_is_named_without_a_quote() -> None:

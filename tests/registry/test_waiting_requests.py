@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,11 +43,15 @@ class Reader:
         self.at = self.heard.first
 
     def read(self, until: int | None = None) -> None:
-        """Hear what lies on the topic from here on; what Kafka holds no more is None."""
+        """Hear what lies on the topic from here on; what Kafka holds no more is None. A message was sent when its
+        "sent" says, or just now."""
         for offset in range(self.at, len(self._topic) if until is None else until):
             if (message := self._topic[offset]) is not None:
-                value = json.dumps(message).encode()
-                self.control._hear(SimpleNamespace(topic="c", partition=0, offset=offset, value=value), self.heard)
+                record = SimpleNamespace(topic="c", partition=0, offset=offset)
+                message = {"sent": time.time() * 1000, **message}
+                record.timestamp = message.pop("sent")
+                record.value = json.dumps(message).encode()
+                self.control._hear(record, self.heard)
             self.at = offset + 1
 
     def try_again(self) -> None:
