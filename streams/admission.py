@@ -137,8 +137,8 @@ class Admission:
         allowed_from: Mapping[str, Mapping[Where, int]] = MappingProxyType({}),
     ) -> None:
         """`recent` gives index and event hash of the last `dedupe` sealed entries, `allowed_from` per subject that was
-        allowed again the offsets before which nothing of it is learned: it came in while the subject was suppressed, or
-        before, and a crash has it read once more."""
+        allowed again (and per version that saw one) the offsets before which nothing of it is learned: it came in while
+        the subject was suppressed, or before, and a crash has it read once more."""
         self.name = name
         self.epoch = epoch
         self.next_index = next_index  # of the first open entry
@@ -168,10 +168,16 @@ class Admission:
         """Nothing here that the ledger does not have."""
         return not self.open and not len(self.joins)
 
-    @property
-    def writers(self) -> set[str]:
-        """The versions that wrote what is open."""
-        return {entry.written_by for entry in self.open if entry.written_by}
+    def texts(self) -> dict[str, list[tuple[Where, int]]]:
+        """Per version that wrote what is open, or an answer that waits, the places of the events."""
+        found: dict[str, list[tuple[Where, int]]] = {}
+        for entry in self.open:
+            if entry.written_by and entry.content is not None:
+                found.setdefault(entry.written_by, []).extend((where, offset) for where, offset, _ in _places(entry))
+        for digest, place in self.joins.texts():
+            if digest:
+                found.setdefault(digest, []).append(place)
+        return found
 
     @property
     def remembered(self) -> int:
@@ -204,8 +210,8 @@ class Admission:
             subjects = tuple(sorted({*interaction.subjects, *feedback.subjects}))
             content, written_by = None, ""
             if interaction.content is not None and feedback.content is not None:
-                content, by_model = compose(interaction.content, feedback.content)
-                written_by = interaction.digest if by_model else ""
+                composed, by_model = compose(interaction.content, feedback.content)
+                content, written_by = composed or None, interaction.digest if by_model else ""
             partner = (other.where, other.offset)
             entry = OpenEntry(key.where, key.offset, feedback.event, subjects, content, written_by, at, partner)
             entry.copies = _lowest([place for place in copies if place[1] >= self._consumed.get(place[0], 0)], {})
@@ -297,16 +303,18 @@ class Admission:
             others = (entry.partner,) if entry.partner else ()
             self._first = _lowest([*others, *entry.copies.items(), *entry.partners.items()], self._first)
 
-    def _came_before(self, subjects: tuple[str, ...], where: Where, offset: int) -> bool:
-        """Whether an event was sent before one of its subjects was allowed again."""
+    def _came_before(self, mentions: tuple[str, ...], where: Where, offset: int) -> bool:
+        """Whether an event was sent before one of its subjects was allowed again, or whom its writer saw."""
         known = self._allowed_from
-        return bool(known) and any(offset < known[who].get(where, 0) for who in subjects if who in known)
+        return bool(known) and any(offset < known[who].get(where, 0) for who in mentions if who in known)
 
     def _is_barred(self, entry: OpenEntry) -> bool:
         if not self.suppressed.isdisjoint(entry.subjects) or entry.written_by in self.revoked:
             return True
-        # Of a pair each was looked at when it came.
-        return entry.partner is None and self._came_before(entry.subjects, entry.where, entry.offset)
+        if entry.partner is None:
+            return self._came_before(entry.subjects, entry.where, entry.offset)
+        # Of a pair each was looked at when it came, but not who wrote it.
+        return any(self._came_before((entry.written_by,), where, offset) for where, offset, _ in _places(entry))
 
     # -- segments ------------------------------------------------------------------------------------------------
 
@@ -383,18 +391,22 @@ class Admission:
         revoked: frozenset[str],
         epoch: int,
         allowed_from: Mapping[str, Mapping[Where, int]] = MappingProxyType({}),
+        gone: frozenset[str] = frozenset(),
     ) -> int:
-        """Learn nothing of these subjects, nor of what revoked versions wrote; the number of entries erased."""
+        """Learn nothing of these subjects, nor of what revoked versions wrote, nor, of what is here already, about
+        subjects and by versions that are `gone`; the number of entries erased."""
         self.suppressed = suppressed
         self._allowed_from = allowed_from
         self.revoked = revoked
         self.epoch = epoch
         erased = 0
         for entry in self.open:
-            if entry.content is not None and self._is_barred(entry):
+            if entry.content is not None and (
+                entry.written_by in gone or not gone.isdisjoint(entry.subjects) or self._is_barred(entry)
+            ):
                 entry.content = None
                 erased += 1
-        self.joins.erase(suppressed)
+        self.joins.erase(suppressed | gone)
         return erased
 
     def floor(self, where: Where) -> int | None:

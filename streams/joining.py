@@ -95,11 +95,20 @@ class Joins:
             gone.append(waiting)
         return gone
 
-    def erase(self, suppressed: frozenset[str]) -> None:
-        """Drop what waiting items say about suppressed subjects; the items stay, to become tombstones."""
+    def texts(self) -> Iterator[tuple[str, tuple[Where, int]]]:
+        """Of each waiting interaction, which version wrote the answer, and its place."""
+        for waiting in self._interactions.values():
+            yield waiting.item.digest, (waiting.item.where, waiting.item.offset)
+
+    def erase(self, gone: frozenset[str]) -> None:
+        """Drop what waiting items say about such subjects, and answers that such versions wrote; the items stay, to
+        become tombstones, or to be corrected."""
         for waiting in self._all():
-            if not suppressed.isdisjoint(waiting.item.subjects):
-                waiting.item = replace(waiting.item, content=None, raw=None)
+            item = waiting.item
+            if not gone.isdisjoint(item.subjects):
+                waiting.item = replace(item, content=None, raw=None)
+            elif item.digest in gone and item.content is not None:
+                waiting.item = replace(item, content=_question(item.content), raw=None)
 
     def outdate(self, consumed: Mapping[Where, int]) -> None:
         """What another worker has decided meanwhile is no longer fresh."""
@@ -148,19 +157,28 @@ def teaches(feedback: bytes, policy: FeedbackPolicy) -> bool:
     return policy.corrections if "correction" in said else float(said["rating"]) > policy.approval
 
 
+def _question(interaction: bytes) -> bytes:
+    said: dict[str, Any] = msgspec.json.decode(interaction)
+    return msgspec.json.encode({key: value for key, value in said.items() if key != "completion"})
+
+
 def compose(interaction: bytes, feedback: bytes) -> tuple[bytes, bool]:
     """What is learned from an answer and the feedback on it, and whether the model wrote it.
 
-    A correction is learned in place of the answer, else the answer itself.
+    A correction is learned in place of the answer, else the answer itself; nothing where that is erased.
 
     >>> compose(b'{"prompt":"2+2=","completion":"5"}', b'{"correction":"4"}')
     (b'{"type":"example","prompt":"2+2=","completion":"4"}', False)
     >>> compose(b'{"prompt":"2+2=","completion":"4"}', b'{"rating":1}')
     (b'{"type":"example","prompt":"2+2=","completion":"4"}', True)
+    >>> compose(b'{"prompt":"2+2="}', b'{"rating":1}')
+    (b'', True)
     """
     asked: dict[str, Any] = msgspec.json.decode(interaction)
     correction = msgspec.json.decode(feedback).get("correction")
-    answer = asked["completion"] if correction is None else correction
+    answer = asked.get("completion") if correction is None else correction
+    if answer is None:
+        return b"", True
     learned: dict[str, Any] = {"type": "example"}
     if "messages" in asked:
         learned["messages"] = [*asked["messages"], {"role": "assistant", "content": answer}]

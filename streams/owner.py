@@ -216,30 +216,49 @@ class Owner:
         except Conflict:
             return self._ledger.adapter(name)  # somebody else was faster
 
-    def refresh(self, state: Admission) -> int:
-        """Read an adapter's epoch and suppression list again, and erase what is open of them; how many entries."""
-        head = self._ledger.adapter(state.name)
-        _check_not_restored(head.next_index, state)
-        suppressed = self._ledger.suppressed(state.name)  # first: who is allowed in between is so from some offset on
-        allowed_from = self._ledger.allowed_from(state.name)
-        revoked = self._ledger.revoked_digests() | self._ledger.tainted(state.name, state.writers)
-        return state.suppress(suppressed, revoked, head.epoch, allowed_from)
+    def refresh(self, *states: Admission) -> int:
+        """Read adapters' epochs and suppression lists again, and erase what is open of them; how many entries.
+
+        Who was forgotten since the last look may be allowed again already. What is open was sent before that look, and
+        so before the forget: it goes all the same.
+        """
+        if not states:
+            return 0
+        # The heads before all else: a forget in between makes an epoch too old, never what is erased under it too
+        # little.
+        heads = [self._ledger.adapter(state.name) for state in states]
+        forgets = [held for held in self._ledger.forgets(after=self.fence) if held.began > self.fence]
+        revoked = self._ledger.revoked_digests()
+        erased = 0
+        for state, head in zip(states, heads, strict=True):
+            _check_not_restored(head.next_index, state)
+            name, texts = state.name, state.texts()
+            forgotten = frozenset(held.subject for held in forgets if held.names(name))
+            suppressed = self._ledger.suppressed(name)  # first: who is allowed in between is so from some offset on
+            allowed_from = self._ledger.allowed_from(name, texts)
+            tainted = self._ledger.tainted(name, texts)
+            gone = forgotten | self._ledger.tainted(name, texts, forgotten) if forgotten else forgotten
+            erased += state.suppress(suppressed, revoked | tainted, head.epoch, allowed_from, gone)
+        return erased
 
     def start_at(self, fence: int) -> None:
         """Under a lease just taken: read anew whatever is in memory; nothing else remains of the fences so far."""
         self.revoked = self._ledger.revoked_digests()
-        for state in self.states():
-            self.refresh(state)
+        self.refresh(*self.states())
         self.fence = fence
 
     def catch_up(self, fence: int) -> None:
         """Carry out every fence up to `fence`: erase what is open of what was forgotten since the last one."""
-        named = {name for forget in self._ledger.forgets() if forget.fence > self.fence for name in forget.adapters}
+        forgets = self._ledger.forgets(after=self.fence)
+        everywhere = any(forget.everywhere for forget in forgets)  # in adapters made since, too
+        named = {name for forget in forgets for name in forget.adapters}
         revoked = self._ledger.revoked_digests()
-        erased = 0
-        for state in self.states():
-            if state.name in named or (revoked != self.revoked and not state.idle):
-                erased += self.refresh(state)
+        reached = [
+            state
+            for state in self.states()
+            if everywhere or state.name in named or (revoked != self.revoked and not state.idle)
+        ]
+        erased = self.refresh(*reached)
         self.revoked = revoked
         self.fence = fence
         log.info("fence carried out", extra={"fence": fence, "erased": erased})
@@ -249,7 +268,7 @@ class Owner:
         for bucket in self.buckets.values():
             if bucket.adapters.get(state.name) is state:
                 fresh = self.load(state.name)
-                _check_not_restored(fresh.next_index, state)
+                self.refresh(state)  # after: what is forgotten in between makes the fresh one's epoch too old
                 bucket.adapters[state.name] = fresh
                 kept = fresh.readmit(state)
                 bucket.busy[state.name] = fresh

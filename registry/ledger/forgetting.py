@@ -281,26 +281,15 @@ class Forgetting(Lending, Reaching):
         with self.db.read() as c:
             return self._suppressed(c, adapter)
 
-    def allowed_from(self, adapter: str) -> dict[str, dict[tuple[str, int], int]]:
-        """Per subject that was allowed again, the offsets by (incarnation, partition) from which an adapter may learn
-        of it."""
-        found: dict[str, dict[tuple[str, int], int]] = {}
-        key = t.meta.c.key
+    def forgets(self, unfinished: bool = False, after: int = 0) -> list[Forget]:
+        """Forget procedures, oldest first; those with a fence `after` that number."""
         with self.db.read() as c:
-            mine = sa.or_(*(key.startswith(f"allowed/{name}/", autoescape=True) for name in (adapter, EVERYWHERE)))
-            for row in c.execute(sa.select(t.meta).where(mine)):
-                held = found.setdefault(row.key.rpartition("/")[2], {})
-                for run, partition, end in json.loads(row.value):
-                    held[run, partition] = max(end, held.get((run, partition), 0))
-        return found
+            if after and self._last_fence(c) <= after:  # their table is long, and has no index by fence
+                return []
+            return self._forgets(c, unfinished, after)
 
-    def forgets(self, unfinished: bool = False) -> list[Forget]:
-        """Forget procedures, oldest first."""
-        with self.db.read() as c:
-            return self._forgets(c, unfinished)
-
-    def _forgets(self, c: sa.Connection, unfinished: bool) -> list[Forget]:
-        query = sa.select(t.forgets).order_by(t.forgets.c.fence)
+    def _forgets(self, c: sa.Connection, unfinished: bool, after: int = 0) -> list[Forget]:
+        query = sa.select(t.forgets).where(t.forgets.c.fence > after).order_by(t.forgets.c.fence)
         if unfinished:
             query = query.where(t.forgets.c.stage != Stage.PURGED)
         return [forget_of(row) for row in c.execute(query)]

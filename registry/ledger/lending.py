@@ -61,7 +61,7 @@ class Lending(Leases):
         fence, at = self._last_fence(c) + 1, now()
         c.execute(t.fences.insert().values(number=fence, at=at, digests=sorted(digests)))
         for each in sorted(ended):
-            body = {**held[each].body, "fenced_at": at}
+            body = {**held[each].body, "fenced_at": at, "began": held[each].fence}
             moved = t.forgets.update().where(t.forgets.c.id == each)
             c.execute(moved.values(stage=Stage.FENCED, fence=fence, body=body))
             for name in sorted(held[each].body["lent"]):

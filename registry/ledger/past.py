@@ -43,6 +43,8 @@ class Past:
         """Those of the digests that only versions have that saw one of these subjects, or revoked ones: to the fixed
         point of `Reaching._reach` from all that mentions them."""
         writers = set[str]()
+        for reach in self.reaches.values():
+            reach.touched, reach.copies = set(), set()
         while True:
             known = writers.union(subjects)
             for (name, number), mentioned in self.mentions.items():

@@ -4,7 +4,9 @@ What one adapter has learned comes to others as a copy of its weights, imported 
 it wrote. So it is looked for over all adapters, even where a forget names few.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import sqlalchemy as sa
 
@@ -12,39 +14,81 @@ from riverdelta.core.errors import Corrupt
 
 from . import decisions
 from . import tables as t
-from .journal import Journal, chunks
+from .journal import EVERYWHERE, Journal, chunks
 from .past import Past, Reach, inherited
-from .records import Manifest, VersionRecord
+from .records import Ends, Manifest, Place, VersionRecord, Where, is_before
 from .rows import adapter_of, version_of
 
 Places = Iterable[tuple[str, int]]
+Texts = Mapping[str, Collection[Place]]  # by who wrote them: where their events lie
 
 
 class Reaching(Journal):
     """Following what was learned from adapter to adapter."""
 
-    def tainted(self, adapter: str, digests: Collection[str]) -> frozenset[str]:
+    def tainted(self, adapter: str, digests: Collection[str], subjects: Collection[str] = ()) -> frozenset[str]:
         """Those of these weights whose text an adapter must not learn, although they may be in use elsewhere: they saw
-        a subject that is suppressed in this adapter alone."""
+        a subject that is suppressed in this adapter alone, or one of these `subjects`."""
         with self.db.read() as c:
-            return frozenset(self._tainted(c, adapter, digests))
+            return frozenset(self._tainted(c, adapter, digests, subjects))
 
-    def _tainted(self, c: sa.Connection, adapter: str, digests: Collection[str]) -> set[str]:
-        v, s = t.versions.c, t.suppressions.c
-        foreign = {  # what is its own saw nobody who is suppressed: it would be revoked
+    def _tainted(
+        self, c: sa.Connection, adapter: str, digests: Collection[str], subjects: Collection[str] = ()
+    ) -> set[str]:
+        foreign = self._foreign(c, adapter, digests)
+        s = t.suppressions.c
+        suppressed = c.execute(sa.select(s.subject).where(s.adapter == adapter)).scalars() if foreign else ()
+        return self._knowing(c, foreign, [{*suppressed, *subjects}])[0]
+
+    def allowed_from(self, adapter: str, texts: Texts = MappingProxyType({})) -> dict[str, dict[Where, int]]:
+        """Per subject that was allowed again, the offsets by (incarnation, partition) from which an adapter may learn
+        of it; and per version that wrote such `texts` of others, and saw such a subject, those from which it may learn
+        what that one wrote."""
+        with self.db.read() as c:
+            found = self._allowed_from(c, adapter)
+            return found | self._texts_from(c, adapter, texts, found)
+
+    def _allowed_from(self, c: sa.Connection, adapter: str) -> dict[str, dict[Where, int]]:
+        found: dict[str, dict[Where, int]] = {}
+        key = t.meta.c.key
+        mine = sa.or_(*(key.startswith(f"allowed/{name}/", autoescape=True) for name in (adapter, EVERYWHERE)))
+        for row in c.execute(sa.select(t.meta).where(mine)):
+            held = [((run, partition), end) for run, partition, end in json.loads(row.value)]
+            _raise(found.setdefault(row.key.rpartition("/")[2], {}), held)
+        return found
+
+    def _texts_from(
+        self, c: sa.Connection, adapter: str, texts: Texts, allowed: Mapping[str, Ends] | None = None
+    ) -> dict[str, dict[Where, int]]:
+        foreign = self._foreign(c, adapter, texts)
+        if not foreign:
+            return {}
+        allowed = self._allowed_from(c, adapter) if allowed is None else allowed
+        places = [place for digest in foreign for place in texts[digest]]
+        ends = {who: held for who, held in allowed.items() if is_before(places, held)}
+        found: dict[str, dict[Where, int]] = {}
+        for held, digests in zip(ends.values(), self._knowing(c, foreign, [{who} for who in ends]), strict=True):
+            for digest in digests:
+                _raise(found.setdefault(digest, {}), held.items())
+        return found
+
+    def _foreign(self, c: sa.Connection, adapter: str, digests: Collection[str]) -> set[str]:
+        """Those that others have. What is its own saw nobody who was forgotten in it: it would be revoked."""
+        v = t.versions.c
+        return {
             digest
             for chunk in chunks(sorted(digests))
             for digest in c.execute(sa.select(v.digest).where(v.digest.in_(chunk), v.adapter != adapter)).scalars()
         }
-        if not foreign:
-            return set()
-        suppressed = set(c.execute(sa.select(s.subject).where(s.adapter == adapter)).scalars())
-        if not self._live(c, suppressed):
-            return set()
+
+    def _knowing(self, c: sa.Connection, digests: set[str], groups: Sequence[set[str]]) -> list[set[str]]:
+        """Of each group of subjects, which of these weights saw any of them."""
+        groups = [subjects if digests and self._live(c, subjects) else set() for subjects in groups]
         try:
-            return foreign & self._past(c, foreign).knowing(suppressed)
+            past = self._past(c, digests) if any(groups) else Past()
+            return [digests & past.knowing(subjects) if subjects else set() for subjects in groups]
         except Corrupt:  # the other way needs no manifest: one that is damaged keeps nobody from sealing
-            return foreign & self._reach(c, self._mentioning(c, suppressed))[1]
+            return [digests & self._reach(c, self._mentioning(c, subjects))[1] for subjects in groups]
 
     def _past(self, c: sa.Connection, digests: Collection[str]) -> Past:
         """What weights stem from, and back from there."""
@@ -145,3 +189,8 @@ class Reaching(Journal):
             for chunk in chunks(sorted(mentions))
             for name, segment in c.execute(sa.select(m.adapter, m.segment).where(m.mention.in_(chunk)))
         ]
+
+
+def _raise(ends: dict[Where, int], to: Iterable[Place]) -> None:
+    for where, end in to:
+        ends[where] = max(end, ends.get(where, 0))

@@ -1,6 +1,6 @@
 """The ledger's nouns: adapters, segments and their manifests, versions, facts, forgets, gaps, leases."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -10,6 +10,15 @@ import msgspec
 from riverdelta.core.digests import sha256
 from riverdelta.core.errors import Corrupt
 from riverdelta.core.merkle import HASH_BYTES
+
+Where = tuple[str, int]  # (incarnation, partition)
+Place = tuple[Where, int]  # and an offset in it
+Ends = Mapping[Where, int]  # offsets, by where
+
+
+def is_before(places: Iterable[Place], ends: Ends) -> bool:
+    """Whether any of these places lies before the end there."""
+    return any(offset < ends.get(where, 0) for where, offset in places)
 
 
 class Outcome(StrEnum):
@@ -92,6 +101,17 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
         return {subject for entry in live for subject in entry.subjects} | {
             entry.written_by for entry in live if entry.written_by
         }
+
+    @property
+    def texts(self) -> dict[str, list[Place]]:
+        """Per version that wrote live entries, where the events lie that they were made of."""
+        found: dict[str, list[Place]] = {}
+        for index, entry in enumerate(self.entries):
+            if entry.written_by and not entry.tombstone:
+                own = (entry.run, entry.partition, entry.offset)
+                for run, partition, offset in (own, self.partners.get(index, own)):
+                    found.setdefault(entry.written_by, []).append(((self.incarnations[run], partition), offset))
+        return found
 
     @property
     def digest(self) -> str:
@@ -285,6 +305,15 @@ class Forget:
     actor: str
     reason: str
     body: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def began(self) -> int:
+        """The fence number at which the subject was suppressed: an earlier one where a loan has been called in."""
+        return int(self.body.get("began", self.fence))
+
+    def names(self, adapter: str) -> bool:
+        """Whether the subject is forgotten in an adapter; in others that it reached it is not."""
+        return self.everywhere or adapter in self.body["named"]
 
 
 @dataclass(frozen=True, order=True)

@@ -14,10 +14,8 @@ from . import tables as t
 from .database import upsert
 from .journal import chunks, fact_rows
 from .reach import Reaching
-from .records import AdapterRecord, Cause, Manifest, Outcome, SegmentRecord
+from .records import AdapterRecord, Cause, Manifest, Outcome, Place, SegmentRecord, Where, is_before
 from .rows import adapter_of
-
-Where = tuple[str, int]  # (incarnation, partition)
 
 # Built once: building a statement costs more than running it.
 _ADD_SEGMENTS = t.segments.insert()
@@ -68,12 +66,14 @@ class Sealing(Reaching):
             for names in chunks(sorted({seal.adapter for seal in seals})):
                 self._read(c, batch, names)
             # An adapter that has nothing yet of what a version wrote kept its epoch when that was revoked.
-            written: dict[str, set[str]] = {}
+            written: dict[str, dict[str, list[Place]]] = {}
             for seal in seals:
-                by = {entry.written_by for entry in seal.manifest.entries if not entry.tombstone} - {""}
-                written[seal.adapter] = written.get(seal.adapter, set()) | by
+                for digest, places in seal.manifest.texts.items():
+                    written.setdefault(seal.adapter, {}).setdefault(digest, []).extend(places)
             revoked = self._only_revoked(c, set[str]().union(*written.values()))
-            batch.barred = {name: revoked | self._tainted(c, name, by) for name, by in written.items() if by}
+            for name, texts in written.items():
+                batch.barred[name] = revoked | self._tainted(c, name, texts)
+                batch.texts_from[name] = self._texts_from(c, name, texts)
             done = [batch.decide(seal) for seal in seals]
             self._write(c, batch)
             if look is not None:
@@ -137,6 +137,7 @@ class _Batch:
     facts: list[dict[str, Any]] = field(default_factory=list)
     refusals: dict[str, Exception] = field(default_factory=dict)
     barred: dict[str, set[str]] = field(default_factory=dict)
+    texts_from: dict[str, dict[str, dict[Where, int]]] = field(default_factory=dict)
 
     def decide(self, seal: Seal) -> SegmentRecord | Exception:
         """The next segment of its adapter, or why not."""
@@ -155,8 +156,9 @@ class _Batch:
                 f"There is no adapter {seal.adapter[:80]}.", "`riverdelta registry list` shows those there are."
             )
         entries = seal.manifest.entries
-        barred = self.barred.get(head.name)
-        if barred and any(entry.written_by in barred and not entry.tombstone for entry in entries):
+        barred, since = self.barred.get(head.name, ()), self.texts_from.get(head.name, {})
+        texts = seal.manifest.texts.items() if barred or since else ()
+        if any(digest in barred or is_before(places, since.get(digest, {})) for digest, places in texts):
             raise StaleEpoch(
                 f"A segment of {head.name} holds what a version wrote that is revoked since, or saw whom it forgot.",
                 "Suppress again, then seal.",

@@ -22,6 +22,7 @@ class MemoryLedger:
         self.moved: dict[str, dict[Where, int]] = {}
         self.places: dict[tuple[str, int, int], int] = {}
         self.lists: dict[str, set[str]] = {}
+        self.ends: dict[str, dict[str, dict[Where, int]]] = {}
         self.revoked: set[str] = set()
         self.procedures: list[Any] = []
         self.held: dict[str, int] = {}
@@ -111,17 +112,25 @@ class MemoryLedger:
                 self.log[name] = [(segment, held.erased(gone)) for segment, held in self.log[name]]
                 head = self.heads[name]
                 self.heads[name] = replace(head, epoch=head.epoch + 1, head=head.head + 1)
-        self.procedures.append(SimpleNamespace(fence=len(self.procedures) + 1, adapters=dict.fromkeys(names, 0)))
+        fence = len(self.procedures) + 1
+        self.procedures.append(
+            SimpleNamespace(
+                fence=fence, began=fence, subject=subject, everywhere=False, adapters=dict.fromkeys(names, 0),
+                names=set(adapters).__contains__,
+            )
+        )  # fmt: skip
 
     def _mentions(self, name: str, digests: set[str]) -> bool:
         return any(entry.written_by in digests for _, held in self.log[name] for entry in held.entries)
 
-    def allow(self, subject: str, adapters: Collection[str]) -> None:
+    def allow(self, subject: str, adapters: Collection[str], ends: Mapping[Where, int]) -> None:
         for name in adapters:
-            self.lists.get(name, set()).discard(subject)
+            if subject in self.lists.get(name, ()):
+                self.lists[name].discard(subject)
+                self.ends.setdefault(name, {})[subject] = dict(ends)
 
-    def allowed_from(self, adapter: str) -> dict[str, dict[Where, int]]:
-        return {}
+    def allowed_from(self, adapter: str, texts: Any = ()) -> dict[str, dict[Where, int]]:
+        return dict(self.ends.get(adapter, {}))
 
     def suppressed(self, adapter: str) -> frozenset[str]:
         return frozenset(self.lists.get(adapter, ()))
@@ -129,11 +138,11 @@ class MemoryLedger:
     def revoked_digests(self) -> frozenset[str]:
         return frozenset(self.revoked)
 
-    def tainted(self, adapter: str, digests: Collection[str]) -> frozenset[str]:
+    def tainted(self, adapter: str, digests: Collection[str], subjects: Collection[str] = ()) -> frozenset[str]:
         return frozenset()
 
-    def forgets(self, unfinished: bool = False) -> list[Any]:
-        return list(self.procedures)
+    def forgets(self, unfinished: bool = False, after: int = 0) -> list[Any]:
+        return self.procedures[after:]
 
     def last_fence(self) -> int:
         return len(self.procedures)

@@ -61,11 +61,18 @@ def _watermark_past_open(patch: Patch) -> None:
 def _retry_with_old_contents(patch: Patch) -> None:
     """After a forget the epoch is taken over, the suppression list is not."""
 
-    def refresh(self: Any, state: Any) -> int:
-        state.epoch = self._ledger.adapter(state.name).epoch
+    def refresh(self: Any, *states: Any) -> int:
+        for state in states:
+            state.epoch = self._ledger.adapter(state.name).epoch
         return 0
 
     patch.setattr(owner.Owner, "refresh", refresh)
+
+
+def _allowed_at_once(patch: Patch) -> None:
+    """Who is forgotten and allowed before anybody looks was never forgotten."""
+    suppress = admission.Admission.suppress
+    patch.setattr(admission.Admission, "suppress", lambda self, *given: suppress(self, *given[:4]))
 
 
 def _ignore_conflict(patch: Patch) -> None:
@@ -179,6 +186,7 @@ PLANTED: dict[str, Callable[[Patch], None]] = {
         _position_past_joins,
         _watermark_past_open,
         _retry_with_old_contents,
+        _allowed_at_once,
         _ignore_conflict,
         _seal_anything,
         _any_epoch,

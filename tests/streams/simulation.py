@@ -129,6 +129,7 @@ class World:
     parts: dict[int, list[Record]] = field(default_factory=lambda: {0: [], 1: [], 2: []})
     published: dict[tuple[str, int, int], dict[str, Any]] = field(default_factory=dict)
     junk: set[tuple[str, int, int]] = field(default_factory=set)
+    forgotten: set[tuple[str, int, int]] = field(default_factory=set)  # never learned, whoever is allowed since
     lost: set[str] = field(default_factory=set)  # payloads and keys written by a worker that died before it sealed
     events: int = 0
     now: float = 0.0
@@ -168,6 +169,17 @@ class World:
 
     def forget(self, subject: str, digests: tuple[str, ...] = ()) -> None:
         self.ledger.forget(KEY.subject(subject), ADAPTERS, digests)
+        self._stays_forgotten(subject)
+
+    def allow(self, subject: str) -> None:
+        """What is sent from now on may be learned again."""
+        if any(KEY.subject(subject) in self.ledger.suppressed(name) for name in ADAPTERS):
+            self._stays_forgotten(subject)
+        ends = {(self.run, part): len(records) for part, records in self.parts.items()}
+        self.ledger.allow(KEY.subject(subject), ADAPTERS, ends)
+
+    def _stays_forgotten(self, subject: str) -> None:
+        self.forgotten |= {place for place, event in self.published.items() if event["subject"] == subject}
 
 
 class Session:
@@ -290,9 +302,11 @@ def _step(world: World, sessions: list[Session], session: Session, step: int, jo
             sessions.append(Session(world, step))
     elif act < 0.95 and forgets:
         if rng.random() < 0.8:
-            world.forget(rng.choice(SUBJECTS), rng.choice([(), (), ("d0",)]))
+            world.forget(subject := rng.choice(SUBJECTS), rng.choice([(), (), ("d0",)]))
+            if step % 2:  # before anybody has looked
+                world.allow(subject)
         else:
-            world.ledger.allow(KEY.subject(rng.choice(SUBJECTS)), ADAPTERS)
+            world.allow(rng.choice(SUBJECTS))
     elif act < 0.96:
         world.ledger.held.clear()  # every lease is given up for lost
     elif act < 0.97:
@@ -333,14 +347,18 @@ def _entries(world: World, adapter: str, named: set[str]) -> list[Place]:
             raise Wrong(f"{adapter} jumps from index {following} to {segment.first}")
         following += segment.count
         held = contents.read_openings(world.store, world.keys, segment, manifest)
-        for entry, content in zip(manifest.entries, held, strict=True):
-            places.append((manifest.incarnations[entry.run], entry.partition, entry.offset))
+        for index, (entry, content) in enumerate(zip(manifest.entries, held, strict=True)):
+            own = (entry.run, entry.partition, entry.offset)
+            both = [(manifest.incarnations[at[0]], *at[1:]) for at in (own, manifest.partners.get(index, own))]
+            places.append(both[0])
             if entry.tombstone:
                 continue
             if content is None:
                 raise Wrong(f"{places[-1]} is live and says nothing")
             if not suppressed.isdisjoint(entry.subjects) or entry.written_by in world.ledger.revoked:
                 raise Wrong(f"{places[-1]} is live and forgotten")
+            if not world.forgotten.isdisjoint(both):
+                raise Wrong(f"{both} is live, and came before its subject was allowed again")
     if following != world.ledger.heads[adapter].next_index:
         raise Wrong(f"{adapter} ends at {following}")
     return places

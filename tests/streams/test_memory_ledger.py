@@ -48,10 +48,15 @@ def _seen(ledger: Any) -> tuple[Any, ...]:
         manifests,
         ledger.consumed("ada"),
         ledger.suppressed("ada"),
+        ledger.allowed_from("ada"),
         ledger.positions("run"),
         ledger.last_fence(),
         ledger.behind(["ada", "bob"]),
-        [(forget.fence, set(forget.adapters)) for forget in ledger.forgets()],
+        [
+            (held.fence, held.began, held.subject, set(held.adapters), held.names("ada"), held.names("bob"))
+            for after in (0, 1)
+            for held in ledger.forgets(after=after)
+        ],
     )
 
 
@@ -70,8 +75,9 @@ def test_both_decide_alike(tmp_path_factory: Any, plan: list[tuple[str, Any]]) -
             real.forget(str(number), given_, ["ada"], "t")
             memory.forget(given_, ["ada"])
         elif act == "allow":
-            real.allow(given_, ["ada"], "t")
-            memory.allow(given_, ["ada"])
+            ends = {("run", 0): number}
+            real.allow(given_, ["ada"], "t", ends=ends)
+            memory.allow(given_, ["ada"], ends)
         else:
             for ledger in (real, memory):
                 ledger.move_positions({("run", 0, 0): given_, ("run", 1, 0): given_ + 1})

@@ -84,8 +84,8 @@ class RealLedger:
         self._requests += 1
         self._ledger.forget(f"request-{self._requests}", subject, [*self.heads] or None, "test")
 
-    def allow(self, subject: str, adapters: Any) -> None:
-        self._ledger.allow(subject, None, "test")
+    def allow(self, subject: str, adapters: Any, ends: Any) -> None:
+        self._ledger.allow(subject, None, "test", ends=ends)
 
     def _give_up(self) -> None:
         for lease in self._ledger.leases():
