@@ -113,16 +113,26 @@ def new_key(segment: SegmentRecord) -> str:
 
 def erase(ledger: Ledger, keys: KeyStore, *forgets: Forget) -> None:
     """Delete the keys that no live entry of what forgets have reached needs any more: from here on nobody can read what
-    was forgotten. To be repeated at will."""
+    was forgotten. To be repeated at will. What is damaged is `Corrupt`, once all else is done."""
     parts = [part for forget in forgets for part in forget.body["doomed"]]
     reached = {(part["adapter"], number) for part in parts for number in part["segments"]}
+    damaged = None
     for chunk in chunks(sorted(reached)):
         changes = {}
         for adapter, number in chunk:
-            segment, manifest = ledger.segment(adapter, number), ledger.manifest(adapter, number)
+            try:
+                segment, manifest = ledger.segment(adapter, number), ledger.manifest(adapter, number)
+            except Corrupt as error:
+                damaged = error
+                continue
             changes[segment.keyring] = partial(
                 payload.without_keys,
                 mentions=[entry.mentions for entry in manifest.entries],
                 live=[not entry.tombstone for entry in manifest.entries],
             )
-        keys.change(changes)
+        try:
+            keys.change(changes)
+        except Corrupt as error:
+            damaged = error
+    if damaged is not None:
+        raise damaged

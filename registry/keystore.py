@@ -143,17 +143,25 @@ class KeyStore:
             return _known(c, sorted(names))
 
     def change(self, changes: Mapping[str, Callable[[bytes], bytes]]) -> None:
-        """Put what the function makes of each of these segments' keys in their place, if there are any."""
+        """Put what the function makes of each of these segments' keys in their place, if there are any. A row that is
+        damaged is `Corrupt`, once all others are changed."""
+        damaged = None
         with self._db.write() as c:
             for name, change in changes.items():
                 query = sa.select(_keys.c.wrapped).where(_keys.c.name == name).with_for_update()
                 wrapped = c.execute(query).scalar()
                 if wrapped is None:
                     continue
-                held = self._unwrap(name, wrapped)
-                kept = change(held)
+                try:
+                    held = self._unwrap(name, wrapped)
+                    kept = change(held)
+                except Corrupt as error:
+                    damaged = error
+                    continue
                 if kept != held:
                     c.execute(_keys.update().where(_keys.c.name == name).values(wrapped=self._wrap(name, kept)))
+        if damaged is not None:
+            raise damaged
 
     def delete(self, names: Collection[str]) -> None:
         """Delete the keys of segments that were never sealed, or whose contents are kept no longer."""

@@ -1,8 +1,10 @@
 """The key store: wrapped keys, their deletion down to the bytes on disk, and a KMS that guards the root key."""
 
 import json
+import sqlite3
 import stat
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from riverdelta.registry.ledger import database
 from riverdelta.registry.operations import Operations
 from riverdelta.registry.purge import manifest_key
 from tests.postgres import Postgres, fresh
-from tests.registry.stack import two_versions
+from tests.registry.stack import two_versions, wait
+from tests.registry.test_purge_is_whole import keeper_of
 
 KEYS = {"one": bytes(range(32)) * 2, "two": bytes(range(32, 64))}
 # Not a cipher: what matters here is that the root key's bytes are nowhere in the clear.
@@ -137,6 +140,37 @@ def test_what_keeps_a_deleted_key_in_the_tables_of_postgresql_is_waited_for_or_t
             engine.dispose()
     finally:
         server.remove()
+
+
+def test_a_damaged_row_keeps_no_other_key_from_being_deleted(alone: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    stack = two_versions(alone)
+    rows = [stack.ledger.segment("acme", number).keyring for number in (1, 2)]
+    whole = {row: stack.keys.get(row) for row in rows}
+
+    def damage(row: str) -> None:
+        with closing(sqlite3.connect(alone.keys_dir / "keys.db")) as c:
+            c.execute("UPDATE keys SET wrapped = zeroblob(100) WHERE name = ?", (row,))
+            c.commit()
+
+    damage(rows[0])
+    with pytest.raises(Corrupt, match=rows[0]):
+        Operations(stack.ledger, alone, "op").forget("bob", ["acme"], request="r1")
+    assert stack.keys.get(rows[1])[:32] == whole[rows[1]][:32], "ann's"
+    assert stack.keys.get(rows[1])[32:] == bytes(32), "bob's, of the other segment"
+    stack.keys.delete(rows[:1])
+    stack.keys.add({rows[0]: whole[rows[0]]})  # as from a backup
+    keeper = keeper_of(stack)
+    stack.train("acme")
+    assert wait(lambda: not keeper.advance_forgets(), 10)
+    assert stack.keys.get(rows[0]) == bytes(32)
+
+    damage(rows[0])
+    Operations(stack.ledger, alone, "op").forget("ann", ["acme"], request="r2")
+    stack.train("acme")
+    keeper = keeper_of(stack)
+    assert wait(lambda: not keeper.advance_forgets(), 10), "a finished forget's damaged row keeps no other waiting"
+    assert any(rows[0] in record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+    assert stack.keys.get(rows[1]) == bytes(64)
 
 
 def test_another_root_key_opens_nothing(alone: Settings) -> None:
