@@ -25,6 +25,7 @@ _DELETED_ROWS = (
     "the subject's keyed hash, in dead rows of the ledger's PostgreSQL until it is vacuumed, and in its write-ahead "
     "log, archives, replicas and backups"
 )
+_IN_USE = "in use in an adapter in which nobody was to be forgotten"
 
 
 def kafka_still_holds(
@@ -147,13 +148,15 @@ def _issued_last(ledger: Ledger) -> Forget | None:
 
 
 def _in_use(ledger: Ledger, versions: Mapping[int, VersionRecord], revoked: list[int]) -> list[str]:
-    """What is said of weights that a copy had from where the subject was not forgotten."""
+    """What is said of weights that a copy had from where the subject was not forgotten, or with a loan."""
     clean = {version.digest for version in versions.values() if not version.revoked}
     used = ledger.in_use({versions[number].digest for number in revoked} - clean)
+    lent = used & ledger.revoked_digests() if used else used
     return [
-        f"the weights of {versions[number].adapter}@{number}, in use in an adapter in which nobody was to be forgotten"
+        f"the weights of {versions[number].adapter}@{number}, "
+        + ("on loan to another adapter until its rebuild at the latest" if digest in lent else _IN_USE)
         for number in revoked
-        if versions[number].digest in used
+        if (digest := versions[number].digest) in used
     ]
 
 

@@ -391,7 +391,7 @@ class Forgetting(Lending, Reaching):
 
     def delete_unnamed(self, keys: Collection[str], delete: Callable[[str], None], revoked: bool = False) -> None:
         """Delete those of these objects and keys that nothing names, while nothing can come to name them. `revoked`:
-        what only revoked versions name goes too.
+        what only revoked versions name goes too, but for weights on loan.
 
         The ledger is held for some at a time only: leases run out, and fences wait, while it is.
         """
@@ -428,10 +428,12 @@ class Forgetting(Lending, Reaching):
             if names:
                 held = c.execute(sa.select(column).where(column.in_(names), where)).scalars()
                 named |= {key_of(name) for name in held}
+        if but_revoked:
+            named |= {weights_key(digest) for _, digest in self._loans(c).values()}.intersection(keys)
         return named
 
     def in_use(self, digests: Collection[str]) -> frozenset[str]:
-        """Those of these weights that a purge leaves: a version that is not revoked has them."""
+        """Those of these weights that a purge leaves: a version that is not revoked has them, or they are on loan."""
         keys, left = {weights_key(digest): digest for digest in digests}, set[str]()
         with self.db.read() as c:
             for chunk in chunks(sorted(keys)):

@@ -1,15 +1,20 @@
 """A forget that serves until rebuilt: all but the fence at once; that by rebuild, deadline, or whoever comes."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from riverdelta.core.errors import Refused
+from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Settings
+from riverdelta.core.store import weights_key
 from riverdelta.core.times import later, now
 from riverdelta.registry.keeper import Keeper
 from riverdelta.registry.ledger import Forget, Stage
+from riverdelta.registry.purge import manifest_key
 from tests.registry.stack import Stack, two_versions, wait
+from tests.registry.test_purge_is_whole import keeper_of
 
 
 @pytest.fixture
@@ -98,3 +103,20 @@ def test_two_that_wait_end_with_the_first(stack: Stack) -> None:
 
 def test_nothing_is_lent_where_nothing_served_is_concerned(stack: Stack) -> None:
     assert lend(stack, subject="nobody").stage is Stage.FENCED
+
+
+def test_what_is_on_loan_outlives_the_purge_of_a_copy_of_it(stack: Stack) -> None:
+    """By a forget for which the other adapter was not asked: its certificate says that they are in use."""
+    dirty, ann = stack.ledger.version("acme", 2).digest, stack.key.subject("ann")
+    stack.ledger.import_adapter("copy", Recipe(), dirty, {"imported": True}, "op")
+    stack.ledger.forget("first", ann, ["copy"], "op")
+    lend(stack)
+    keeper = keeper_of(stack)
+    assert wait(lambda: [held.id for held in keeper.advance_forgets()] == ["req"], 20)
+    assert stack.ledger.releases()["acme"] == (2, dirty)
+    assert stack.store.exists(weights_key(dirty)), "servers that start load them"
+    [part] = json.loads(stack.store.get(manifest_key("first")))["adapters"]
+    assert [each for each in part["residual"]["elsewhere"] if "copy@1" in each and "until its rebuild" in each]
+    stack.train("acme")
+    assert wait(lambda: not keeper.advance_forgets(), 20)
+    assert not stack.store.exists(weights_key(dirty))

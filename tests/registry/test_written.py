@@ -152,7 +152,8 @@ def test_what_is_named_stays_however_many_are_asked_about_and_only_they_are_look
         sa.event.remove(sa.Engine, "before_cursor_execute", note)
         assert sorted(gone) == sorted(every - stay)
     assert len(standing) < len(named)
-    assert all(" IN (" in statement for statement in asked if statement.startswith("SELECT"))
+    looked = [each for each in asked if each.startswith("SELECT") and "FROM forgets" not in each]  # for loans
+    assert all(" IN (" in statement for statement in looked)
 
 
 def other(number: int) -> dict[str, str]:
