@@ -139,6 +139,7 @@ def test_who_is_allowed_before_the_dataflow_looks_leaves_nothing_open(
     stream.forget("ann", names)
     stream.allow("ann", names, known)
     meets(owner, stream)
+    assert live(owner) == [True, False, False], "what is open may be sealed before the next look"
     stream.send("ann")
     stream.send("bob", FEEDBACK, b"waits")
     assert live(stream.read(owner)) == [True, False, False, True, False]
@@ -168,6 +169,23 @@ def test_what_a_version_wrote_that_saw_who_was_forgotten_is_not_learned_once_tha
     assert said(again) == said(stream.read(owner))
     assert live(again) == [False, False, True, True]
     assert not isinstance(stream.seal(again), Exception)
+
+
+def test_each_version_is_judged_by_those_that_it_saw_itself(stream: Stream) -> None:
+    world, ledger = World(stream.ledger), stream.ledger
+    world.seal("acme", [(["cy"], "")])
+    while ledger.versions("acme").keys() == {1}:
+        assert world.train("acme")
+    both = ledger.version("acme", 2).digest
+    for who, end in (("ann", 1), ("cy", 5), ("dan", 9)):
+        ledger.forget(who, keyed(who), ["new"], "test")
+        ledger.allow(keyed(who), ["new"], "test", ends={RUN: end})
+    found = ledger.allowed_from("new", {stream.writer: [(RUN, 0)], both: [(RUN, 4)], "0" * 64: [(RUN, 0)]})
+    assert {digest: found.get(digest) for digest in (stream.writer, both, "0" * 64)} == {
+        stream.writer: {RUN: 1},
+        both: {RUN: 5},
+        "0" * 64: None,
+    }
 
 
 def test_answers_that_wait_are_erased_though_nobody_says_where_the_log_ends(stream: Stream) -> None:
