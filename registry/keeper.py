@@ -58,7 +58,10 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
 def _keep(ledger: Ledger, settings: Settings, stop: threading.Event) -> None:
     import sqlalchemy.orm  # noqa: F401 - MLflow's thread imports it, and statements made meanwhile see it by halves
 
-    subject_key(ledger, settings)  # with other keys no request may be heard
+    try:
+        subject_key(ledger, settings)
+    except Corrupt as error:  # requests wait for it by themselves, and what is under way needs nothing of it
+        log.error("No request can be carried out: %s", error)
     keeper = Keeper(ledger, settings, ObjectStore(settings.store_url))
     wakeups = Wakeups(settings)
     moved = threading.Event()

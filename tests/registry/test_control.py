@@ -12,13 +12,15 @@ import pytest
 from riverdelta.core.errors import BadInput, Corrupt
 from riverdelta.core.recipe import Recipe
 from riverdelta.core.settings import Kafka, Settings
-from riverdelta.registry.belonging import key_store, subject_key
+from riverdelta.registry.belonging import key_store
 from riverdelta.registry.control import Control, Message
+from riverdelta.registry.heard import Heard
 from riverdelta.registry.keeper import Keeper, run
 from riverdelta.registry.ledger import Stage
+from riverdelta.registry.operations import Operations
 from riverdelta.registry.verify import verify
 from riverdelta.registry.wakeups import Wakeups
-from tests.registry.stack import Stack, two_versions
+from tests.registry.stack import Stack, two_versions, wait
 
 ASKED: dict[str, Any] = {"id": "1", "action": "forget", "subject": "ann", "adapter": "acme"}
 
@@ -173,13 +175,43 @@ def test_what_is_wrong_with_the_keys_is_told_and_tried_again(
     assert [record.levelname for record in caplog.records if "subject key" in record.getMessage()] == ["ERROR"]
 
 
-@pytest.mark.parametrize("name", ["subjects.key", "contents.key"])
-def test_no_keeper_hears_requests_with_other_keys(stack: Stack, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_no_keeper_hears_requests_with_another_root_key(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[int] = []
     monkeypatch.setattr(Control, "run", lambda _: heard.append(1))
-    subject_key(stack.ledger, stack.settings)
     key_store(stack.ledger, stack.settings).close()
-    (stack.settings.keys_dir / name).write_bytes(bytes(32))
+    (stack.settings.keys_dir / "contents.key").write_bytes(bytes(32))
     with pytest.raises(Corrupt):
         run(stack.settings, threading.Event())
     assert not heard
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_without_its_subject_key_a_keeper_ends_what_is_under_way_and_lets_requests_wait(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lost: bool
+) -> None:
+    Operations(stack.ledger, stack.settings, "test").forget("ann", ["acme"], request="r1")
+    stack.train("acme")
+    key = stack.settings.keys_dir / "subjects.key"
+    if lost:
+        key.unlink()
+    else:
+        key.write_bytes(bytes(32))
+    stop, heard = threading.Event(), Heard(stack.ledger, "run", 0)
+
+    def hear(control: Control) -> None:
+        value = json.dumps({**ASKED, "id": "r2", "subject": "bob"}).encode()
+        record = SimpleNamespace(topic="control", partition=0, offset=0, value=value, timestamp=time.time() * 1000)
+        assert not control._hear(record, heard)
+
+    monkeypatch.setattr(Control, "run", hear)
+    monkeypatch.setattr("riverdelta.registry.keeper.set_up_logs", lambda: None)  # it would take the log away
+    keeping = threading.Thread(target=run, args=(stack.settings, stop))
+    keeping.start()
+    try:
+        assert wait(lambda: stack.ledger.forget_of("r1").stage is Stage.PURGED, 120)
+        assert wait(lambda: heard.waiting, 10)
+    finally:
+        stop.set()
+        keeping.join(timeout=20)
+    assert [each.id for each in stack.ledger.forgets()] == ["r1"]
+    assert [record for record in caplog.records if "No request can be" in record.message]
