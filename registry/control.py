@@ -17,13 +17,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from riverdelta.core.errors import BadInput, Conflict, Corrupt, RiverdeltaError
+from riverdelta.core.errors import BadInput, Conflict, Corrupt, RiverdeltaError, Unavailable
 from riverdelta.core.names import check_adapter, subject_name
 from riverdelta.core.settings import Settings
 from riverdelta.core.times import of_epoch
 
 from .belonging import KeptOpen, subject_key
-from .heard import Heard
+from .heard import Heard, tell_lost
 from .kafka_delete import delete_request
 from .ledger import Forget, Ledger, Stage
 from .operations import LONGEST_SECONDS, Operations, names
@@ -99,6 +99,8 @@ class Control:
         self._keys = KeptOpen(settings)
         self._acts = Operations(ledger, settings, "control", wakeups, self._keys)
         self._told: dict[tuple[str, int, int], float] = {}
+        self._heard: dict[int, Heard] = {}
+        self._gone: list[Heard] = []  # of topics made again: what waits of them lies nowhere else
 
     def run(self) -> None:
         """Follow the topic. What cannot be done now (broker or ledger away, another subject key) is tried again."""
@@ -126,9 +128,9 @@ class Control:
         from kafka import KafkaConsumer, TopicPartition
 
         incarnation, partitions = self._look()
+        heard = self._begin(incarnation, partitions)
         if not partitions:
             return
-        heard = {number: Heard(self._ledger, incarnation, number) for number in partitions}
         options = {**self._settings.kafka.for_kafka_python(), "enable_auto_commit": False}
         with contextlib.closing(KafkaConsumer(**options, auto_offset_reset="earliest")) as consumer:
             assigned = {number: TopicPartition(self._topic, number) for number in partitions}
@@ -136,7 +138,7 @@ class Control:
             for number, place in assigned.items():
                 consumer.seek(place, heard[number].first)
             polls, tried = 0, time.monotonic()
-            again: list[Any] = []
+            again: list[tuple[Any, Heard]] = []
             while not self._stop.is_set():
                 full = [place for number, place in assigned.items() if len(heard[number].waiting) >= _MOST_WAITING]
                 consumer.resume(*consumer.paused())
@@ -146,24 +148,48 @@ class Control:
                     for record in batch:
                         self._hear(record, heard[place.partition])
                 if not again and time.monotonic() - tried >= _RETRY_SECONDS:
-                    again = [record for each in heard.values() for record in each.waiting.values()]
+                    again = self._waiting(*self._gone, *heard.values())
                     tried = time.monotonic()
                 # One that fails may have taken its time: what has come meanwhile is heard before the next is tried.
-                while again and self._hear(record := again.pop(0), heard[record.partition]):
+                while again and self._hear(*again.pop(0)):
                     tried = time.monotonic()
                 polls += 1
                 if not records and polls % 10 == 0 and self._look() != (incarnation, partitions):
                     return  # the topic was made again, or has grown
 
+    def _begin(self, incarnation: str, partitions: list[int]) -> dict[int, Heard]:
+        """What has been heard of each partition. What waits of a topic that is gone is kept for as long as this process
+        lives, and tried; where that was another process, it is lost, and told of."""
+        heard = {number: Heard(self._ledger, incarnation, number) for number in partitions}
+        left = [each for each in self._heard.values() if each.incarnation != incarnation and each.waiting]
+        for each in left:
+            log.error(
+                "%s was made again: the requests at offsets %s wait in this process only, until it ends",
+                self._topic,
+                list(each.waiting),
+                extra={"incarnation": each.incarnation, "partition": each.partition},
+            )
+        self._gone, self._heard = [each for each in self._gone if each.waiting] + left, heard
+        for again in self._waiting(*self._gone):
+            self._hear(*again)
+        if partitions:
+            tell_lost(self._ledger, incarnation, {(each.incarnation, each.partition) for each in self._gone})
+        for each in self._heard.values():  # whoever came before may have been killed before it did
+            self._remove_purged(each)
+        return self._heard
+
+    def _waiting(self, *heard: Heard) -> list[tuple[Any, Heard]]:
+        return [(record, each) for each in heard for record in each.waiting.values()]
+
     def _hear(self, record: Any, heard: Heard) -> bool:
         """Carry out a record, or let it wait; whether it is done."""
         if heard.is_done(record.offset):
             return True
-        known = record.offset in heard.waiting
+        waited, met = heard.waits(record.offset), record.offset in heard.waiting
         done = self._try(record, heard)
-        if done or not known:
+        if done or not met:
             heard.note(record, done)
-        if done and known and not heard.waiting:
+        if done and waited and not heard.waiting:
             self._remove_purged(heard)
         return done
 
@@ -191,6 +217,8 @@ class Control:
     def _must_wait(self, record: Any, heard: Heard) -> bool:
         """Whether an earlier request waits that it must not overtake."""
         earlier = [held for offset, held in heard.waiting.items() if offset < record.offset]
+        if heard not in self._gone:
+            earlier += [held for held, _ in self._waiting(*self._gone)]
         if not earlier:
             return False
         try:
@@ -210,11 +238,15 @@ class Control:
     def _look(self) -> tuple[str, list[int]]:
         """The topic's incarnation and partitions; none when it does not exist."""
         from kafka import KafkaAdminClient
+        from kafka.errors import UnknownTopicOrPartitionError
 
         with contextlib.closing(KafkaAdminClient(**self._settings.kafka.for_kafka_python())) as admin:
             [topic] = admin.describe_topics([self._topic])
-        numbers = sorted(part["partition_index"] for part in topic["partitions"])
-        return f"{topic['topic_id']}", [] if topic["error_code"] else numbers
+        if topic["error_code"] == UnknownTopicOrPartitionError.errno:
+            return "", []
+        if topic["error_code"]:
+            raise Unavailable(f"Kafka does not show {self._topic}: error {topic['error_code']}.", "May it be read?")
+        return f"{topic['topic_id']}", sorted(part["partition_index"] for part in topic["partitions"])
 
     def _act(self, record: Any, incarnation: str, alone: bool = True) -> None:
         """Carry out one record; what can never be carried out, whatever comes, is logged and passed over. `alone`: none

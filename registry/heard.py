@@ -6,7 +6,10 @@ one of them that was refused, or found nothing to do, must not act on what was a
 """
 
 import logging
+from collections.abc import Collection
 from typing import Any
+
+from riverdelta.core.times import now
 
 from .ledger import Ledger
 
@@ -33,6 +36,10 @@ class Heard:
         """Whether a request was carried out, or passed over for good."""
         return offset < self._next and offset not in self._unread and offset not in self.waiting
 
+    def waits(self, offset: int) -> bool:
+        """Whether a request waits, since this process has met it or since an earlier one has."""
+        return offset in self.waiting or offset in self._unread
+
     def note(self, record: Any, done: bool) -> None:
         """Record, durably, that a request is done or waits."""
         if gone := sorted(offset for offset in self._unread if offset < record.offset):
@@ -44,3 +51,17 @@ class Heard:
         else:
             self.waiting[record.offset] = record
         self._ledger.record_heard(self.incarnation, self.partition, self._next, [*self.waiting, *sorted(self._unread)])
+
+
+def tell_lost(ledger: Ledger, incarnation: str, known: Collection[tuple[str, int]]) -> None:
+    """Tell, once, of requests that waited on a topic that has been made again since, but for those of the `known`
+    (incarnation, partition)."""
+    for (run, partition), waiting in ledger.waiting_requests().items():
+        told = f"lost/{run}/{partition}"
+        if run != incarnation and (run, partition) not in known and ledger.recall(told) is None:
+            log.error(
+                "The control topic was made again: the requests at offsets %s, which waited, are lost",
+                waiting,
+                extra={"incarnation": run, "partition": partition},
+            )
+            ledger.remember(told, now())

@@ -207,6 +207,17 @@ class Ledger(Sealing, Claims, Forgetting, Views):
         until, *waiting = json.loads(known)
         return until, waiting
 
+    def waiting_requests(self) -> dict[tuple[str, int], list[int]]:
+        """Per (incarnation, partition) of the control topic that has any, the offsets of the requests that wait."""
+        found: dict[tuple[str, int], list[int]] = {}
+        with self.db.read() as c:
+            for row in c.execute(sa.select(t.meta).where(t.meta.c.key.startswith("heard/"))):
+                _, run, partition = row.key.split("/")
+                _, *waiting = json.loads(row.value)
+                if waiting:
+                    found[run, int(partition)] = waiting
+        return found
+
     # -- trainer: increments ---------------------------------------------------------------------------------
 
     def waiting(self) -> list[tuple[str, int]]:

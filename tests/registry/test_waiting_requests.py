@@ -201,6 +201,63 @@ def test_a_purge_removes_no_request_that_waits(stack: Stack, trouble: Trouble, m
     assert removed == [0, 2]
 
 
+@pytest.mark.parametrize("killed", ["", "before", "after"])
+def test_a_purged_forget_is_removed_though_what_it_waited_for_was_met_by_an_earlier_process(
+    stack: Stack, trouble: Trouble, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    removed: list[int] = []
+    for module in ("purge", "control"):
+        monkeypatch.setattr(
+            f"riverdelta.registry.{module}.delete_request", lambda _, asked: removed.append(asked["offset"]) or True
+        )
+    trouble.damaged = True
+    topic = [asks(0, "forget", "ann", "acme"), asks(1, "forget", "bob", "beta")]
+    reader = Reader(stack, topic)
+    reader.read()
+    keeper = Keeper(stack.ledger, Settings(data=stack.settings.data), stack.store, orphan_seconds=0.0)
+    while keeper.advance_forgets():
+        stack.train("beta")
+    assert removed == []
+    trouble.damaged = False
+    if killed:
+        reader = Reader(stack, topic)
+    if killed == "after":  # it was carried out, and the process killed before the removal
+        reader.heard.note(SimpleNamespace(offset=0), done=True)
+        Control(stack.ledger, stack.settings, reader.control._acts._wakeups, threading.Event())._begin("run", [0])
+    else:
+        reader.read() if killed else reader.try_again()
+    assert removed == [1]
+
+
+def test_what_waits_of_a_topic_made_again_is_carried_out_by_who_has_it_and_told_of_by_others(
+    stack: Stack, trouble: Trouble, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> list[str]:
+        return [record.message for record in caplog.records if "made again" in record.message]
+
+    trouble.damaged = True
+    reader = Reader(stack, [asks(1, "forget", "ann", "acme")])
+    reader.control._heard = {0: reader.heard}
+    reader.read()
+    reader.control._begin("", [])
+    reader.control._begin("again", [0])
+    assert len(told()) == 1
+    assert "[0] wait in this process" in told()[0]
+    for _ in range(2):
+        Reader(stack, []).control._begin("again", [0])
+    assert len(told()) == 2
+    assert "[0], which waited, are lost" in told()[1]
+    later = asks(2, "allow", "ann", "acme")
+    [now] = reader.control._heard.values()
+    record = SimpleNamespace(topic="c", partition=0, offset=0, value=json.dumps(later).encode())
+    record.timestamp = time.time() * 1000
+    assert not reader.control._hear(record, now), "it keeps its place behind what waits"
+    trouble.damaged = False
+    reader.control._begin("again", [0])
+    assert begun(stack) == ["1"]
+    assert stack.ledger.waiting_requests() == {("again", 0): [0]}
+
+
 def test_what_kafka_let_go_while_it_waited_is_told(
     stack: Stack, trouble: Trouble, caplog: pytest.LogCaptureFixture
 ) -> None:
