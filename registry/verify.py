@@ -11,9 +11,10 @@ from riverdelta.core.store import ObjectStore, state_key, weights_key
 
 from . import contents
 from .keystore import KeyStore
-from .ledger import AdapterRecord, Fact, Ledger, Manifest, SegmentRecord, VersionRecord
+from .ledger import Fact, Ledger, Line, Manifest, Outcome, SegmentRecord, Stage, VersionRecord
 from .ledger.journal import EVERYWHERE, chained
 from .ledger.view import View
+from .told import check_head
 
 Said = TypeVar("Said")
 
@@ -37,7 +38,7 @@ def verify(ledger: Ledger, store: ObjectStore, keys: KeyStore, adapter: str) -> 
     what the ledger says now, and is wrong only if the ledger, asked again, still says the same.
     """
     with ledger.view(adapter) as seen:
-        problems, damaged, segments = _check_ledger(seen)
+        problems, damaged, segments = check_ledger(seen)
     for number in segments:
         if number not in damaged:
             problems += _check_contents(ledger, store, keys, adapter, number)
@@ -47,7 +48,7 @@ def verify(ledger: Ledger, store: ObjectStore, keys: KeyStore, adapter: str) -> 
     return Verified(adapter, len(seen.facts), len(segments), len(versions), tuple(problems))
 
 
-def _check_ledger(seen: View) -> tuple[list[str], set[int], list[int]]:
+def check_ledger(seen: View) -> tuple[list[str], set[int], list[int]]:
     """What does not go together of what the ledger says, the segments that are concerned, and all that there are."""
     head, facts, known = seen.head, seen.facts, seen.versions
     problems, damaged, segments = list[str](), set[int](), list[int]()
@@ -60,7 +61,10 @@ def _check_ledger(seen: View) -> tuple[list[str], set[int], list[int]]:
     for what, number in (("release", head.release), ("tip", head.tip)):
         if number and (number not in known or known[number].revoked):
             problems.append(f"The {what} is version {number}, which is revoked or not there.")
-    problems += [*_check_release(head, facts), *_check_versions(known, facts), *_check_suppressions(seen)]
+    problems += [*check_head(head, facts), *_check_versions(known, facts), *_check_suppressions(seen)]
+    problems += _check_forgets(seen)
+    # A parent that the journal does not give might lead round in a circle.
+    trained = Line.of(known, head.tip).trained if not problems else None
     sealed = {fact.body["segment"]: fact.body for fact in facts if fact.kind == "sealed"}
     following = tombstones = 0
     for segment, packed in seen.segments:
@@ -68,8 +72,13 @@ def _check_ledger(seen: View) -> tuple[list[str], set[int], list[int]]:
         if segment.first != following:
             problems.append(f"Segment {segment.number} begins at index {segment.first}, not {following}.")
         following = segment.first + segment.count
+        told_by = sealed.get(segment.number, {})
+        problems += _check_segment(segment, told_by, trained)
         try:
-            tombstones += _check_manifest(segment, packed, sealed.get(segment.number, {}))
+            manifest = _check_manifest(segment, packed, told_by)
+            tombstones += sum(entry.tombstone for entry in manifest.entries)
+            if unfound := manifest.mentions - seen.finds(segment.number, manifest.mentions):
+                problems.append(f"Segment {segment.number}: a forget would not find it by {_listed(unfound)}.")
         except Corrupt as error:
             problems.append(f"Segment {segment.number}: {error.message}")
             damaged.add(segment.number)
@@ -81,15 +90,52 @@ def _check_ledger(seen: View) -> tuple[list[str], set[int], list[int]]:
     return problems, damaged, segments
 
 
-def _check_release(head: AdapterRecord, facts: Sequence[Fact]) -> list[str]:
-    release = next((fact.body["to"] for fact in reversed(facts) if "to" in fact.body), 0)
-    return [] if release == head.release else [f"The release is {head.release}; the journal says {release}."]
+def _listed(hashes: Iterable[str]) -> str:
+    return ", ".join(f"{each[:12]}…" for each in sorted(hashes))
+
+
+def _check_segment(segment: SegmentRecord, sealed: Mapping[str, Any], trained: Mapping[int, int] | None) -> list[str]:
+    """What the ledger says of a segment otherwise than the line that sealed it, or than the tip's line has learned."""
+    problems = [
+        f"Segment {segment.number} has the {what} {held}; the journal says {sealed[what]}."
+        for what, held in (("first", segment.first), ("count", segment.count), ("trigger", segment.trigger))
+        if what in sealed and sealed[what] != held
+    ]
+    if trained is not None:
+        learned = segment.version if segment.outcome is Outcome.TRAINED else None
+        if learned != (by := trained.get(segment.number)):
+            problems.append(f"Segment {segment.number} is learned by version {learned}; in the tip's line, by {by}.")
+    return problems
+
+
+def _check_forgets(seen: View) -> list[str]:
+    """The forgets that the journal tells of otherwise than their procedures are."""
+    reached = {fact.body["request"]: fact.body["stage"] for fact in seen.facts if fact.kind == "forget_stage"}
+    problems = []
+    for fact in seen.facts:
+        if fact.kind != "forget":
+            continue
+        said, asked = fact.body, seen.forgets.get(fact.body["request"])
+        if asked is None:
+            problems.append(f"The forget {said['request']} is not there; fact {fact.seq} of the journal tells of it.")
+            continue
+        # Where it has nothing to erase, the journal does not tell how far it has come.
+        stages = {reached.get(said["request"], Stage.FENCED)} if said["segments"] or said["revoked"] else set(Stage)
+        if said["request"] not in reached:
+            stages.add(Stage.LENDING)
+        drawn_in = said["epoch"] if asked.everywhere else asked.epoch
+        if (asked.subject, drawn_in) != (said["subject"], said["epoch"]) or asked.stage not in stages:
+            problems.append(
+                f"The forget {said['request']} is not what fact {fact.seq} of the journal and those since say."
+            )
+    return problems
 
 
 def _check_versions(known: Mapping[int, VersionRecord], facts: Sequence[Fact]) -> list[str]:
     """What the ledger says of versions otherwise than the lines that made and revoked them."""
     made = {fact.body["version"]: fact.body for fact in facts if fact.kind in ("increment", "imported")}
     revoked = {number for fact in facts if fact.kind == "forget" for number in fact.body["revoked"]}
+    dropped = {number for fact in facts if fact.kind == "dropped" for number in fact.body["versions"]}
     problems = []
     for number in sorted(made.keys() | known.keys()):
         version, said = known.get(number), made.get(number)
@@ -105,8 +151,16 @@ def _check_versions(known: Mapping[int, VersionRecord], facts: Sequence[Fact]) -
         ):
             if held != told:
                 problems.append(f"Version {number} has {what} that the journal does not give it: {held}, not {told}.")
-        if number in revoked and not version.revoked:
-            problems.append(f"Version {number} is not revoked; the journal says it is.")
+        saw = said.get("saw", version.saw)  # an older ledger's journal does not say
+        if list(version.saw) != list(saw) or version.segment not in (None, *version.saw):
+            problems.append(f"Version {number} saw other segments than the journal says.")
+        if version.revoked != (number in revoked):
+            held, told = ("is", "is not") if version.revoked else ("is not", "is")
+            problems.append(f"Version {number} {held} revoked; the journal says it {told}.")
+        if version.purged and number not in revoked | dropped:
+            problems.append(f"Version {number} has no files; the journal says that they are kept.")
+        if number in dropped and not version.purged:
+            problems.append(f"Version {number} has its files; the journal says that they are not kept.")
     return problems
 
 
@@ -125,14 +179,14 @@ def _check_suppressions(seen: View) -> list[str]:
     ]
 
 
-def _check_manifest(segment: SegmentRecord, packed: bytes, sealed: Mapping[str, Any]) -> int:
-    """How many tombstones a segment has; `Corrupt` names what is not as the journal says it was sealed."""
+def _check_manifest(segment: SegmentRecord, packed: bytes, sealed: Mapping[str, Any]) -> Manifest:
+    """A segment's manifest; `Corrupt` names what is not as the journal says it was sealed."""
     manifest = Manifest.unpack(packed)
     if manifest.digest != sealed.get("manifest"):
         raise Corrupt("its manifest is not what was sealed.")
     if merkle.root(manifest.commitments).hex() != segment.root or segment.root != sealed.get("root"):
         raise Corrupt("its root is not that of its entries' commitments.")
-    return sum(entry.tombstone for entry in manifest.entries)
+    return manifest
 
 
 def _check_contents(ledger: Ledger, store: ObjectStore, keys: KeyStore, adapter: str, number: int) -> list[str]:

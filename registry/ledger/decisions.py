@@ -167,11 +167,13 @@ def decide_increment(
     epoch: int,
     parent: int,
     digest: str,
+    saw: Sequence[int],
     parts: Sequence[str] = (),
     withheld: str = "",
 ) -> Change:
     """Accept a candidate: it becomes the tip and, as nothing else holds the release, the release, unless the gate has
-    `withheld` it. `parts` are the digests of its shards.
+    `withheld` it. `parts` are the digests of its shards; what it `saw` decides which forgets reach it, so the journal
+    binds that.
 
     While a rollback holds the release only a rebuild awaits, and the hold moves to the rebuilt version.
     """
@@ -179,7 +181,8 @@ def decide_increment(
     number = adapter.next_version
     held = None if adapter.held is None else number
     more = {**({"parts": list(parts)} if parts else {}), **({"withheld": withheld} if withheld else {})}
-    body = {"version": number, "parent": parent, "segment": segment.number, "digest": digest, **more}
+    made = {"version": number, "parent": parent, "segment": segment.number, "digest": digest}
+    body = {**made, "saw": list(saw), **more}
     facts = [("increment", body)]
     after = replace(adapter, next_version=number + 1, tip=number, held=held)
     if not withheld or held is not None:

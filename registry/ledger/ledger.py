@@ -295,16 +295,6 @@ class Ledger(Sealing, Claims, Forgetting, Views):
             self._check_claim(c, adapter.name, increment.token, actor)
             segment = self._segment(c, adapter.name, increment.segment)
             first = self._first_awaiting(c, adapter.name)
-            change = decisions.decide_increment(
-                adapter,
-                segment,
-                first,
-                increment.epoch,
-                increment.parent,
-                increment.digest,
-                [part.digest for part in increment.parts],
-                increment.withheld,
-            )
             s = t.segments.c
             decided_here = c.execute(  # decisions in the lineage count as seen
                 sa.select(s.number).where(
@@ -313,6 +303,18 @@ class Ledger(Sealing, Claims, Forgetting, Views):
                     s.version == increment.parent,
                 )
             ).scalars()
+            saw = tuple(sorted({*increment.saw, increment.segment, *decided_here}))
+            change = decisions.decide_increment(
+                adapter,
+                segment,
+                first,
+                increment.epoch,
+                increment.parent,
+                increment.digest,
+                saw,
+                [part.digest for part in increment.parts],
+                increment.withheld,
+            )
             version = VersionRecord(
                 adapter.name,
                 adapter.next_version,
@@ -322,7 +324,7 @@ class Ledger(Sealing, Claims, Forgetting, Views):
                 increment.segment,
                 increment.epoch,
                 adapter.recipe_digest,
-                tuple(sorted({*increment.saw, increment.segment, *decided_here})),
+                saw,
                 dict(increment.fingerprint),
                 dict(increment.metrics),
                 now(),

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from riverdelta.core import merkle
 from riverdelta.core.digests import digest_of
 from riverdelta.core.recipe import Recipe
 from riverdelta.registry.ledger import (
@@ -24,6 +25,7 @@ from riverdelta.registry.ledger import (
     Work,
 )
 from riverdelta.registry.ledger.decisions import Line
+from riverdelta.registry.verify import check_ledger
 
 RUN = "run-1"
 
@@ -80,6 +82,7 @@ class World:
             f"segments/{adapter}/{uuid.uuid4()}.seg",
             "0" * 64,
             {(RUN, 0): (start, start + len(entries))},
+            root=merkle.root([]).hex(),
         )
         return self.ledger.seal([seal], "stream")[0]
 
@@ -164,6 +167,8 @@ def _replay(world: World, adapter: str, act: Act) -> None:
 def check_adapter(world: World, adapter: str) -> None:
     """What holds of an adapter after every transaction."""
     ledger = world.ledger
+    with ledger.view(adapter) as seen:
+        assert check_ledger(seen)[0] == [], "a sound ledger is not called corrupt"
     head, versions, segments = ledger.adapter(adapter), ledger.versions(adapter), ledger.segments(adapter)
     following = 0
     for number, segment in enumerate(segments, start=1):
