@@ -140,8 +140,9 @@ class Control:
             polls, tried = 0, time.monotonic()
             again: list[tuple[Any, Heard]] = []
             while not self._stop.is_set():
-                full = [place for number, place in assigned.items() if len(heard[number].waiting) >= _MOST_WAITING]
-                consumer.resume(*consumer.paused())
+                full = {place for number, place in assigned.items() if len(heard[number].waiting) >= _MOST_WAITING}
+                if consumer.paused() - full:
+                    return  # beside others, one that is resumed may give nothing more: a new consumer reads it
                 consumer.pause(*full)
                 records = consumer.poll(timeout_ms=500)
                 for place, batch in records.items():

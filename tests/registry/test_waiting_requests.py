@@ -1,5 +1,6 @@
 """Requests on the control topic of which one cannot be carried out yet: others are, none is lost, none acts twice."""
 
+import contextlib
 import json
 import random
 import threading
@@ -367,6 +368,41 @@ def test_the_topic_is_heard_on_while_a_request_waits(
         assert wait(lambda: sorted(begun(stack)) == ["1", "2", "3", "5"], 30)
         assert wait(lambda: not stack.ledger.suppressed_in(stack.key.subject("bob")), 30)
         producer.close()
+    finally:
+        stop.set()
+        hearing.join(timeout=20)
+    assert not hearing.is_alive()
+
+
+def test_a_partition_that_was_full_is_heard_again(
+    settings: Settings, trouble: Trouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+
+    topic = settings.topics.control
+    with contextlib.closing(KafkaAdminClient(**settings.kafka.for_kafka_python())) as admin:
+        admin.create_topics({topic: {"num_partitions": 2, "replication_factor": 1}})
+    stack = two_versions(settings)
+    stack.ledger.create("beta", Recipe(), "test")
+    trouble.damaged = True
+    monkeypatch.setattr(control_module, "_RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(control_module, "_MOST_WAITING", 4)
+    monkeypatch.setitem(KafkaConsumer.DEFAULT_CONFIG, "max_poll_records", 2)  # so that some stay fetched and unheard
+    with contextlib.closing(KafkaProducer(**settings.kafka.for_kafka_python())) as producer:
+        for number in range(12):
+            message = asks(number, "forget", f"s{number}", "acme")
+            producer.send(topic, json.dumps(message).encode(), partition=0)
+        for number in range(12, 16):
+            message = asks(number, "forget", f"s{number}", "beta")
+            producer.send(topic, json.dumps(message).encode(), partition=1)
+        producer.flush()
+    stop = threading.Event()
+    hearing = threading.Thread(target=Control(stack.ledger, settings, Wakeups(settings), stop).run)
+    hearing.start()
+    try:
+        assert wait(lambda: len(begun(stack)) == 4, 30), "the other partition's"
+        trouble.damaged = False
+        assert wait(lambda: len(begun(stack)) == 16, 30)
     finally:
         stop.set()
         hearing.join(timeout=20)
