@@ -5,7 +5,7 @@ of them; what lies before that cannot be trained again by anybody.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from riverdelta.core.errors import Gone, Refused, RiverdeltaError
@@ -39,17 +39,22 @@ def audit(settings: Settings, ledger: Ledger, told: dict[str, Any]) -> list[dict
     done = []
     for each in told["predicate"]["adapters"]:
         name, tip = each["adapter"], each["tip"]
-        if not tip["version"] or ledger.version(name, tip["version"]).revoked:
+        revoked = partial(_is_revoked, ledger, name, tip["version"])
+        if not tip["version"] or revoked():
             continue
         try:
             found = _again(ledger, store, keys, base, name, tip)
         except RiverdeltaError:
-            if ledger.version(name, tip["version"]).revoked:
-                continue
-            raise
-        if found["equal"] or not ledger.version(name, tip["version"]).revoked:
-            done.append(found)
+            if not revoked():
+                raise
+        else:
+            if found["equal"] or not revoked():
+                done.append(found)
     return done
+
+
+def _is_revoked(ledger: Ledger, adapter: str, number: int) -> bool:
+    return ledger.version(adapter, number).revoked
 
 
 def _again(

@@ -18,6 +18,7 @@ from . import contents
 from .keystore import KeyStore
 from .ledger import Ledger, Stage
 from .ledger.journal import chained
+from .verify import lasting
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://riverdelta.dev/forget/v1"
@@ -244,15 +245,16 @@ def check_stored(ledger: Ledger, told: Mapping[str, Any], digest: str) -> tuple[
     """What the ledger says otherwise than a certificate with this SHA-256, and what has superseded it since: a later
     forget that revoked what stood in the place of the first. Others may write meanwhile: a problem counts if the
     journals have not grown since."""
-    names = [each["adapter"] for each in told["predicate"]["adapters"]]
+    superseded = list[str]()
 
     def heads() -> list[int]:
-        return [ledger.adapter(name).head for name in names]
+        return [ledger.adapter(each["adapter"]).head for each in told["predicate"]["adapters"]]
 
-    while True:
-        before, found = heads(), _compare(ledger, told, digest)
-        if not found[0] or heads() == before:
-            return found
+    def compare(_: list[int]) -> list[str]:
+        problems, superseded[:] = _compare(ledger, told, digest)
+        return problems
+
+    return lasting(heads, compare), superseded
 
 
 def _compare(ledger: Ledger, told: Mapping[str, Any], digest: str) -> tuple[list[str], list[str]]:

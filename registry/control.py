@@ -24,6 +24,7 @@ from riverdelta.core.times import of_epoch
 
 from .belonging import KeptOpen, subject_key
 from .heard import Heard, tell_lost
+from .kafka_admin import described
 from .kafka_delete import delete_request
 from .ledger import Forget, Ledger, Stage
 from .operations import LONGEST_SECONDS, Operations, names
@@ -71,10 +72,11 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
             raise BadInput("A request's id is of printable characters.", "See docs/forgetting.md.")
         if bool(message.adapter) == message.all_adapters:
             raise BadInput("A request names an adapter or all_adapters, one of them.", "See docs/forgetting.md.")
-        try:
-            check_adapter(message.adapter or "any")
-        except BadInput as error:
-            raise BadInput("The request's adapter is no adapter's name.", "See docs/forgetting.md.") from error
+        if message.adapter:
+            try:
+                check_adapter(message.adapter)
+            except BadInput as error:
+                raise BadInput("The request's adapter is no adapter's name.", "See docs/forgetting.md.") from error
         if message.serve_until_rebuilt and message.action != "forget":
             raise BadInput("Only a forget has a serve_until_rebuilt.", "See docs/forgetting.md.")
         return message
@@ -239,14 +241,14 @@ class Control:
     def _look(self) -> tuple[str, list[int]]:
         """The topic's incarnation and partitions; none when it does not exist."""
         from kafka import KafkaAdminClient
-        from kafka.errors import UnknownTopicOrPartitionError
 
         with contextlib.closing(KafkaAdminClient(**self._settings.kafka.for_kafka_python())) as admin:
-            [topic] = admin.describe_topics([self._topic])
-        if topic["error_code"] == UnknownTopicOrPartitionError.errno:
+            try:
+                topic = described(admin, self._topic)
+            except ValueError as error:
+                raise Unavailable(f"Kafka does not show {self._topic}: {error}.", "May it be read?") from error
+        if topic is None:
             return "", []
-        if topic["error_code"]:
-            raise Unavailable(f"Kafka does not show {self._topic}: error {topic['error_code']}.", "May it be read?")
         return f"{topic['topic_id']}", sorted(part["partition_index"] for part in topic["partitions"])
 
     def _act(self, record: Any, incarnation: str, alone: bool = True) -> None:

@@ -18,3 +18,17 @@ def admin(settings: Settings) -> contextlib.closing[Any]:
             **settings.kafka.for_kafka_python(), bootstrap_timeout_ms=_BOOTSTRAP_MS, request_timeout_ms=_ANSWER_MS
         )
     )
+
+
+def described(client: Any, name: str) -> dict[str, Any] | None:
+    """A topic as its cluster describes it, None where there is none; `ValueError` where the cluster does not show
+    it: that is no word on whether there is one."""
+    from kafka.errors import UnknownTopicOrPartitionError
+
+    topic: dict[str, Any]
+    [topic] = client.describe_topics([name])
+    if topic["error_code"] == UnknownTopicOrPartitionError.errno:
+        return None
+    if topic["error_code"]:
+        raise ValueError(f"error {topic['error_code']}")
+    return topic

@@ -10,7 +10,7 @@ from typing import Any
 
 from riverdelta.core.settings import Settings
 
-from .kafka_admin import admin
+from .kafka_admin import admin, described
 
 log = logging.getLogger(__name__)
 _TIMEOUT_MS = 10_000
@@ -22,16 +22,13 @@ def delete_request(settings: Settings, asked: Mapping[str, Any]) -> bool:
     A cluster that is away, does not let this client, or knows no DeleteRecords leaves it to retention.
     """
     from kafka import TopicPartition
-    from kafka.errors import KafkaError, UnknownTopicOrPartitionError
+    from kafka.errors import KafkaError
 
     place = TopicPartition(asked["topic"], asked["partition"])
     try:
         with admin(settings) as client:
-            [topic] = client.describe_topics([asked["topic"]])
-            gone = topic["error_code"] == UnknownTopicOrPartitionError.errno
-            if topic["error_code"] and not gone:
-                raise ValueError(f"error {topic['error_code']}")
-            if gone or f"{topic['topic_id']}" != asked["incarnation"]:
+            topic = described(client, asked["topic"])
+            if topic is None or f"{topic['topic_id']}" != asked["incarnation"]:
                 return True  # it went with the topic
             client.delete_records({place: asked["offset"] + 1}, timeout_ms=_TIMEOUT_MS)
     except (KafkaError, OSError, ValueError, KeyError) as error:

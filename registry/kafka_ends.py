@@ -6,7 +6,7 @@ import uuid
 from riverdelta.core.errors import Unavailable
 from riverdelta.core.settings import Settings
 
-from .kafka_admin import admin
+from .kafka_admin import admin, described
 
 
 def log_ends(settings: Settings) -> dict[tuple[str, int], int]:
@@ -16,16 +16,14 @@ def log_ends(settings: Settings) -> dict[tuple[str, int], int]:
         return {}
     from kafka import TopicPartition
     from kafka.admin import OffsetSpec
-    from kafka.errors import KafkaError, UnknownTopicOrPartitionError
+    from kafka.errors import KafkaError
 
     name = settings.topics.events
     try:
         with admin(settings) as client:
-            [topic] = client.describe_topics([name])
-            if topic["error_code"] == UnknownTopicOrPartitionError.errno:
+            topic = described(client, name)
+            if topic is None:
                 return {}
-            if topic["error_code"]:
-                raise ValueError(f"error {topic['error_code']}")
             places = [TopicPartition(name, part["partition_index"]) for part in topic["partitions"]]
             found = client.list_partition_offsets(dict.fromkeys(places, OffsetSpec.LATEST))
     except (KafkaError, OSError, ValueError, KeyError) as error:

@@ -210,7 +210,7 @@ def _check_contents(ledger: Ledger, store: ObjectStore, keys: KeyStore, adapter:
             return [f"Segment {number}: {error.message}"]
         return []
 
-    return _lasting(now, lambda said: check(*said))
+    return lasting(now, lambda said: check(*said))
 
 
 def _check_files(ledger: Ledger, store: ObjectStore, adapter: str, number: int) -> list[str]:
@@ -223,10 +223,10 @@ def _check_files(ledger: Ledger, store: ObjectStore, adapter: str, number: int) 
         problems = [problem for key, digest in named if digest for problem in _check_object(store, key, digest)]
         return [f"Version {number}: {problem}" for problem in problems]
 
-    return _lasting(lambda: ledger.version(adapter, number), check)
+    return lasting(lambda: ledger.version(adapter, number), check)
 
 
-def _lasting(now: Callable[[], Said], check: Callable[[Said], list[str]]) -> list[str]:
+def lasting(now: Callable[[], Said], check: Callable[[Said], list[str]]) -> list[str]:
     """The problems that are found with what the ledger says, and says still once they have been found."""
     said = now()
     while (problems := check(said)) and (still := now()) != said:
